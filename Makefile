@@ -1,0 +1,42 @@
+# make demo | test | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Another source of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lab notebooks export readme clean
+
+demo: $(STAMP)
+	$(BIN)/soflow demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python nbs/book.py check
+	$(BIN)/ruff check nbs soflow_edu tests setup.py
+	$(BIN)/python -m pytest tests
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=nbs nbs/0_start/0_start.ipynb
+
+notebooks: export
+	$(BIN)/python nbs/book.py run $(NOTEBOOKS)
+	$(BIN)/python nbs/book.py readme
+
+export: $(STAMP)
+	$(BIN)/python nbs/book.py export
+
+readme: $(STAMP)
+	$(BIN)/python nbs/book.py readme
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"soflow_edu needs Python 3.11 or newer, and {sys.executable} is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[course,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,196 @@
+"""Keeps the book: exports the notebooks, checks that they agree with the package, executes them, and writes README.md.
+
+    python nbs/book.py export             notebooks -> soflow_edu/
+    python nbs/book.py check              exit 1 if the package is not what the notebooks export
+    python nbs/book.py run [NAME ...]     execute all notebooks, or those whose path holds a NAME, and store their outputs
+    python nbs/book.py readme             nbs/index.ipynb -> README.md and data/readme/
+"""
+import ast
+import base64
+import filecmp
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS, PACKAGE = ROOT / "nbs", ROOT / "soflow_edu"
+WRITTEN_BY_HAND = {"__init__.py"}   # every other module is exported from a notebook
+CELL_LIMIT = 240                    # seconds a cell may take
+
+
+def notebooks() -> list:
+    "All notebooks in reading order: the index, then the chapters."
+    found = [p for p in NOTEBOOKS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NOTEBOOKS).parts)]
+    return sorted(found, key=lambda p: (p.parent != NOTEBOOKS, str(p)))
+
+
+def read(path):
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------- export and check
+def export(root: Path = ROOT):
+    "Exports the notebooks below root/nbs and removes modules that no notebook exports any more."
+    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    exported = {m[1] + ".py" for p in (root / "nbs").rglob("*.ipynb") for m in re.finditer(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))}
+    for module in (root / "soflow_edu").glob("*.py"):
+        if module.name not in exported | WRITTEN_BY_HAND | {"_modidx.py"}:
+            module.unlink()
+
+
+def differences() -> list:
+    "Names of modules that are not what the notebooks export, found by exporting a copy."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "soflow_edu").mkdir()
+        for name in WRITTEN_BY_HAND:
+            shutil.copy(PACKAGE / name, copy / "soflow_edu")
+        export(copy)
+        names = {p.name for folder in (PACKAGE, copy / "soflow_edu") for p in folder.glob("*.py")}
+        return sorted(filecmp.cmpfiles(PACKAGE, copy / "soflow_edu", names, shallow=False)[1] + filecmp.cmpfiles(PACKAGE, copy / "soflow_edu", names, shallow=False)[2])
+
+
+# ---------------------------------------------------------------------------------------------------- digest
+def imported(source: str) -> set:
+    "Names of the modules of soflow_edu that a piece of code imports."
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    found = set()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("soflow_edu."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("soflow_edu.")}
+    return found
+
+
+def digest(notebook) -> str:
+    "A hash of the code cells and of every module that they import, directly or through another module."
+    code = "\0".join(cell.source for cell in code_cells(notebook))
+    waiting, modules = imported(code), {}
+    while waiting:
+        name = waiting.pop()
+        modules[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        waiting |= imported(modules[name]) - modules.keys()
+    # The comments in which nbdev names the cell of origin are no part of what a module does.
+    text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
+    return hashlib.sha256("\0".join([code, *text]).encode()).hexdigest()[:16]
+
+
+def staleness(path: Path) -> str:
+    "Why the stored outputs of a notebook cannot be trusted; empty if they can."
+    notebook = read(path)
+    cells = code_cells(notebook)
+    if not cells:
+        return ""
+    counts = [cell.execution_count for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        return "was not executed from top to bottom"
+    if any(output.output_type == "error" for cell in cells for output in cell.outputs):
+        return "holds an error output"
+    if notebook.metadata.get("soflow_edu", {}).get("digest") != digest(notebook):
+        return "was executed with other code than it holds or imports now"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------- run
+def execute(path: Path) -> float:
+    "Executes a notebook in a fresh kernel, stores it with its outputs and digest, and returns the seconds it took."
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = read(path)
+    start = time.perf_counter()
+    NotebookClient(notebook, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    seconds = time.perf_counter() - start
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = merged(cell.outputs)
+    notebook.metadata = nbformat.from_dict({
+        "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+        "soflow_edu": {"digest": digest(notebook), "seconds": round(seconds)},
+    })
+    temporary = path.with_suffix(".tmp")
+    nbformat.write(notebook, temporary)
+    os.replace(temporary, path)
+    return seconds
+
+
+def merged(outputs) -> list:
+    "Outputs with consecutive pieces of one stream joined, as a reader sees them, and progress bars left out."
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr" and "\r" in output.text:
+            continue
+        if kept and output.output_type == "stream" == kept[-1].output_type and kept[-1].name == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------- readme
+PICTURES = ROOT / "nbs" / "pictures"
+
+
+def readme() -> str:
+    "The text of README.md: the prose of nbs/index.ipynb with the outputs of its cells; writes the pictures to nbs/pictures/."
+    parts = []
+    for number, cell in enumerate(read(NOTEBOOKS / "index.ipynb").cells):
+        if cell.cell_type == "markdown":
+            parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", cell.source))
+            continue
+        if "#| echo" in cell.source:
+            parts.append("```python\n" + re.sub(r"#\| .*\n", "", cell.source).strip() + "\n```")
+        for output in getattr(cell, "outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                PICTURES.mkdir(exist_ok=True)
+                name = f"index-{number}.png"
+                (PICTURES / name).write_bytes(base64.b64decode(data["image/png"]))
+                parts.append(f"![{output.metadata.get('image/png', output.metadata).get('alt', '')}](nbs/pictures/{name})")
+            elif "text/markdown" in data:
+                parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", data["text/markdown"]))
+            elif output.output_type == "stream":
+                parts.append("```\n" + output.text.rstrip() + "\n```")
+    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def main(command: str = "", *names: str):
+    if command == "export":
+        export()
+    elif command == "check":
+        if changed := differences():
+            sys.exit(f"Not what the notebooks export: {', '.join(changed)}. Edit the notebooks, not the modules, then: make export")
+        print("The package is what the notebooks export.")
+    elif command == "run":
+        chosen = [p for p in notebooks() if not names or any(name in str(p.relative_to(NOTEBOOKS)) for name in names)]
+        if not chosen:
+            sys.exit(f"No notebook has one of {', '.join(names)} in its path.")
+        for path in chosen:
+            print(f"{path.relative_to(NOTEBOOKS)} ... ", end="", flush=True)
+            print(f"{execute(path):.0f} s")
+    elif command == "readme":
+        text = readme()
+        (ROOT / "README.md").write_text(text, encoding="utf-8")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""Reads every piece of package metadata from settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser(delimiters=["="], interpolation=None)
+settings.read(here / "settings.ini", encoding="utf-8")
+meta = settings["DEFAULT"]
+
+
+def lines(key):
+    return [line.strip() for line in meta.get(key, "").splitlines() if line.strip()]
+
+
+extras = {key.removesuffix("_requirements"): lines(key) for key in meta if key.endswith("_requirements")}
+setup(
+    name=meta["lib_name"],
+    version=meta["version"],
+    description=meta["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=meta["author"],
+    license=meta["license"],
+    license_files=["LICENSE"],
+    keywords=meta["keywords"].split(),
+    url=meta["git_url"] or None,
+    packages=find_packages(include=["soflow_edu", "soflow_edu.*"]),
+    package_data={"soflow_edu": ["configs/*.yaml"]},
+    install_requires=lines("requirements"),
+    extras_require=extras,
+    entry_points={"console_scripts": lines("console_scripts")},
+)
