@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE = ROOT / "nbs", ROOT / "soflow_edu"
-WRITTEN_BY_HAND = {"__init__.py"}   # every other module is exported from a notebook
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}   # every other module is exported from a notebook
 CELL_LIMIT = 240                    # seconds a cell may take
 
 
@@ -79,7 +79,7 @@ def imported(source: str) -> set:
 
 def digest(notebook) -> str:
     "A hash of the code cells and of every module that they import, directly or through another module."
-    code = "\0".join(cell.source for cell in code_cells(notebook))
+    code = "\n\n".join(cell.source for cell in code_cells(notebook))
     waiting, modules = imported(code), {}
     while waiting:
         name = waiting.pop()
@@ -114,7 +114,8 @@ def execute(path: Path) -> float:
 
     notebook = read(path)
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    client = NotebookClient(notebook, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client.execute(stderr=subprocess.DEVNULL)   # the kernel's own log; errors of cells are raised here
     seconds = time.perf_counter() - start
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -19,13 +19,13 @@ def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) 
     angles = (z[:, :, None] * base * torch.arange(1, count + 1, dtype=z.dtype, device=z.device)).flatten(1)
     return torch.cat([z, angles.sin(), angles.cos()], 1)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #c9ce32b9
+# %% ../nbs/1_plane/05_flow_matching.ipynb #a4371292
 @register("network", "mlp")
 class MLP(nn.Module):
     "A residual network for points: features of x, t and d = t - s; hidden layers scaled by features of the times; optional classes."
-    def __init__(self, dim: int = 2, width: int = 96, depth: int = 4,
-                 x_waves: int = 6, x_base: float = 1.0,     # frequencies k x_base of each coordinate
-                 t_waves: int = 6,                          # frequencies k pi of t and of d
+    def __init__(self, dim: int = 2, width: int = 80, depth: int = 4,
+                 x_waves: int = 4, x_base: float = 1.0,     # frequencies k x_base of each coordinate
+                 t_waves: int = 4,                          # frequencies k pi of t and of d
                  classes: int = 0):                         # number of classes; label `classes` means none
         super().__init__()
         self.options = {"dim": dim, "width": width, "depth": depth, "x_waves": x_waves, "x_base": x_base, "t_waves": t_waves, "classes": classes}
@@ -35,17 +35,19 @@ class MLP(nn.Module):
         self.scales = nn.Linear(times, width * (depth - 1))
         self.labels = nn.Embedding(classes + 1, width) if classes else None
         self.outlet = nn.Linear(width, dim)
+        for layer in self.hidden: nn.init.orthogonal_(layer.weight, 1.3)
         for part in (self.scales.weight, self.outlet.weight, self.outlet.bias): nn.init.zeros_(part)     # a new network answers zero
 
     def spec(self): return {"name": "mlp"} | self.options
 
     def forward(self, x, t, d, y=None):   # (B, dim), (B,), (B,), (B,) -> (B, dim)
         o = self.options
+        if x.shape[1:] != (o["dim"],): raise InputError(f"This network takes points of shape (B, {o['dim']}), but got {tuple(x.shape)}.")
         times = waves(torch.stack([t, d], 1), o["t_waves"], math.pi)
         h = self.inlet(torch.cat([waves(x, o["x_waves"], o["x_base"]), times], 1))
         if self.labels is not None: h = h + self.labels(torch.full_like(t, o["classes"], dtype=torch.long) if y is None else y)
-        h, scales = nn.functional.gelu(h), self.scales(times).view(len(x), len(self.hidden), -1)
-        for i, layer in enumerate(self.hidden): h = h + nn.functional.gelu(layer(h) * (1 + scales[:, i]))
+        h, scales = nn.functional.silu(h), self.scales(times).view(len(x), len(self.hidden), -1)
+        for i, layer in enumerate(self.hidden): h = h + nn.functional.silu(layer(h) * (1 + scales[:, i]))
         return self.outlet(h)
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #de75a043

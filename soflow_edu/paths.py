@@ -106,15 +106,18 @@ class PublishedTimes(LogitNormalTimes):
         if self.variant not in self.LAWS: raise InputError(f"Published times exist for {sorted(self.LAWS)}, not for {self.variant!r}.")
         for name, law in self.LAWS[self.variant].items(): object.__setattr__(self, name, law)
 
-# %% ../nbs/1_plane/01_paths.ipynb #861e50d6
+# %% ../nbs/1_plane/01_paths.ipynb #84f9f746
 @register("times", "corner")
 @dataclass(frozen=True)
 class CornerTimes:
-    "Uniform pairs, of which a share `t1` moves to t = 1 and, independently, a share `s0` moves to s = 0."
-    t1: float = 0.25   # probability of t = 1; the corner (1, 0) has probability t1 * s0
-    s0: float = 0.25   # probability of s = 0
+    "Uniform pairs, of which shares are moved to the corner (1, 0), to the edge t = 1 and to the edge s = 0; velocity times of density 2t."
+    corner: float = 0.3
+    t1: float = 0.1
+    s0: float = 0.1
+    def __post_init__(self):
+        if min(self.corner, self.t1, self.s0) < 0 or self.corner + self.t1 + self.s0 > 1: raise InputError(f"The shares corner, t1 and s0 are {self.corner}, {self.t1} and {self.s0}, but must be positive with a sum of at most 1.")
     def sample(self, n, generator):
-        t, s = UniformTimes().sample(n, generator)
-        t = torch.where(uniform(n, generator) < self.t1, 1.0, t)
-        return ordered(t, torch.where(uniform(n, generator) < self.s0, 0.0, s))
-    def sample_t(self, n, generator): return torch.where(uniform(n, generator) < self.t1, 1.0, uniform(n, generator))
+        (t, s), k = UniformTimes().sample(n, generator), uniform(n, generator)
+        t = torch.where(k < self.corner + self.t1, 1.0, t)
+        return ordered(t, torch.where((k < self.corner) | (k >= 1 - self.s0), 0.0, s))
+    def sample_t(self, n, generator): return uniform(n, generator).sqrt()

@@ -34,7 +34,7 @@ class TrigCoefficients:
     def da(self, t): return torch.zeros_like(t)
     def db(self, t): return torch.full_like(t, math.pi / 2)
 
-# %% ../nbs/1_plane/06_solution.ipynb #19ca1bd2
+# %% ../nbs/1_plane/06_solution.ipynb #f2cf31c2
 class SolutionModel(nn.Module):
     """A learned solution function f(x, t, s) = a x + b F(x, t, t - s), and the velocity field that it implies.
 
@@ -51,14 +51,18 @@ class SolutionModel(nn.Module):
     def forward(self, x, t, s, y=None, **extras):   # (B, ...)
         "Where points at time t are at time s: f = a x + b F (SoFlow, section 3)."
         t, s = check_span(x, t, s)
-        a, b = (expand(part(t, s), x) for part in (self.coefficients.a, self.coefficients.b))
-        return a * x + b * self.F(x, t, s, y, **extras)
+        return self.solution_from(self.F(x, t, s, y, **extras), x, t, s)
 
     def velocity(self, x, t, y=None, **extras):   # (B, ...)
         "The velocity read-out: da x + db F(x, t, t)."
         t, _ = check_span(x, t, t)
-        da, db = expand(self.coefficients.da(t), x), expand(self.coefficients.db(t), x)
-        return da * x + db * self.F(x, t, t, y, **extras)
+        return self.velocity_from(self.F(x, t, t, y, **extras), x, t)
+
+    def solution_from(self, F, x, t, s):   # F (B, ...) is F(x, t, s)
+        return expand(self.coefficients.a(t, s), x) * x + expand(self.coefficients.b(t, s), x) * F
+
+    def velocity_from(self, F, x, t):      # F (B, ...) is F(x, t, t)
+        return expand(self.coefficients.da(t), x) * x + expand(self.coefficients.db(t), x) * F
 
     def spec(self) -> dict: return {"network": self.net.spec(), "path": describe(self.path), "coefficients": describe(self.coefficients)}
 

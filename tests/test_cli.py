@@ -1,0 +1,50 @@
+"The program: what it prints, writes, refuses and keeps."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+DEMO = {"dataset", "seed", "steps", "train_seconds", "relative_rmse", "rmse", "median_error", "w2_one_step", "w2_floor", "semigroup_defect", "ode_residual", "evaluations"}
+
+
+def soflow(*words, folder, **environment):
+    return subprocess.run([sys.executable, "-m", "soflow_edu", *words], cwd=folder, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):
+    first = soflow("demo", "--seconds", "2", "--json", "copy.json", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "runs/demo"
+    numbers = json.loads((folder / "demo.json").read_text())
+    assert set(numbers) == DEMO and json.loads((tmp_path / "copy.json").read_text()) == numbers
+    assert numbers["train_seconds"] < 3 and "relative_rmse" in first.stdout
+    assert {"config.yaml", "model.safetensors", "run.json", "log.csv", "table.txt", "figure.png"} <= {path.name for path in folder.iterdir()}
+    second = soflow("demo", "--seconds", "1", "--dataset", "two_moons", "--seed", "3", folder=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert json.loads((tmp_path / "runs/demo-1/demo.json").read_text()) == numbers
+    assert json.loads((folder / "demo.json").read_text())["seed"] == 3
+
+
+REFUSED = [
+    (("demo", "--dataset", "eight_gausians"), "eight_gaussians"),
+    (("demo", "--seconds", "-3"), "--seconds"),
+    (("demo", "--seconds", "soon"), "--seconds"),
+    (("demo", "--datset", "two_moons"), "--dataset"),
+    (("demo", "--out", "letters"), "not empty"),
+    (("demo", "--out", "file"), "is a file"),
+    (("demo", "--json", "letters"), "folder"),
+    (("dmeo",), "demo"),
+    (("demo", "--seed", "-1"), "seed"),
+]
+
+
+@pytest.mark.parametrize("words, hint", REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path, words, hint):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/dear.txt").write_text("friend")
+    (tmp_path / "file").write_text("text")
+    done = soflow(*words, folder=tmp_path)
+    assert done.returncode == 2 and hint in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"letters", "letters/dear.txt", "file"}

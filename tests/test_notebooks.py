@@ -1,0 +1,104 @@
+"Every notebook runs, is committed as it ran, and can be read by everybody."
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "nbs"))
+import book  # noqa: E402
+
+NOTEBOOKS = book.notebooks()
+NAMES = [str(path.relative_to(book.NOTEBOOKS)) for path in NOTEBOOKS]
+SECONDS = 400   # for a busy machine; a chapter takes less than two minutes on a quiet one
+
+
+def outputs(path):
+    return [output for cell in book.code_cells(book.read(path)) for output in cell.outputs]
+
+
+def pictures(path):
+    return [output for output in outputs(path) if "image/png" in output.get("data", {})]
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) > 12
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_runs(path):
+    done = subprocess.run([Path(sys.executable).with_name("nbdev-test"), "--do-print", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+    assert done.returncode == 0 and f"Completed {path}" in done.stdout + done.stderr, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_outputs_are_those_of_this_code(path):
+    assert not (why := book.staleness(path)), f"{path.name} {why}: run `make notebooks NOTEBOOKS={path.stem}`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_form(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 1.5e6
+    assert not re.search(r"/(?:home|root|work|Users|tmp)/[\w.]", text), "names a path of a machine"
+    assert "widget-state" not in text
+    lines = [len(cell.source.splitlines()) for cell in book.code_cells(book.read(path))]
+    assert max(lines) <= 40 and statistics.median(lines) <= 6
+    assert all(output.metadata.get("image/png", output.metadata).get("alt", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"
+
+
+CHAPTERS = [path for path in NOTEBOOKS if path.parent != book.NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=[path.stem for path in CHAPTERS])
+def test_chapter_has_its_parts(path):
+    notebook = book.read(path)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert prose.startswith("# ") and "What this chapter promises" in prose and "un time:" in prose and "**Predict before you" in prose
+    assert pictures(path), "no figure"
+    if path.stem != "00_start":
+        solutions = [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
+        assert len(solutions) == 3 and all(cell.metadata.jupyter.source_hidden for cell in solutions)
+        assert all("assert" in cell.source or "raise AssertionError" in cell.source for cell in solutions), "a solution does not end in a check"
+
+
+def test_chapters_import_only_earlier_ones():
+    seen = set()
+    for path in CHAPTERS:
+        code = "\n".join(cell.source for cell in book.code_cells(book.read(path)))
+        exported = "\n".join(cell.source for cell in book.code_cells(book.read(path)) if cell.source.startswith("#| export"))
+        module = re.search(r"#\| default_exp (\w+)", code)
+        assert not (late := book.imported(exported) - seen), f"{path.name} exports code that imports {late}, which come later"
+        if module:
+            assert not (late := book.imported(code) - seen), f"{path.name} imports {late}, which come later"
+            seen.add(module[1])
+
+
+def test_readme_is_made_from_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "PICTURES", tmp_path)
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == book.readme(), "run `make readme`"
+    for picture in tmp_path.iterdir():
+        assert picture.read_bytes() == (ROOT / "nbs/pictures" / picture.name).read_bytes()
+
+
+def test_digest_sees_a_change(tmp_path):
+    notebook = book.read(CHAPTERS[2])
+    before = book.digest(notebook)
+    book.code_cells(notebook)[-1].source += "\n1 + 1"
+    assert book.digest(notebook) != before
+
+
+def test_names_nothing_but_itself():
+    "No file carries a path of a machine or an address of a registry, except the place where torch builds live."
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        if Path(name).suffix in {".py", ".md", ".ini", ".toml", ".yaml", ".yml", ".txt"} and "test_notebooks" not in name:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not re.search(r"/(?:home|root|work|Users)/[\w.]", text), name
+    assert json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["nbformat"] == 4
