@@ -59,16 +59,17 @@ def one_step(c: Comparison) -> dict:
     gap = (c.one_step - c.truth).double().flatten(1).norm(dim=1)
     return {"relative_rmse": rms(c.one_step - c.truth) / rms(c.truth), "rmse": rms(c.one_step - c.truth), "median_error": gap.median().item()}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #fbb7364e
+# %% ../nbs/1_plane/07_comparing.ipynb #8e834673
 @register("metric", "transport")
 def transport(c: Comparison, most: int = 1024) -> dict:
     "W2 between one-step samples and fresh data, with its sampling floor, each a mean over three sets; empty where the flow knows no data."
     n, repeats = min(most, len(c.x1)), 3
+    ours = [c.one_step[i:i + n] for i in torch.linspace(0, len(c.x1) - n, repeats).int().tolist()]
     fresh = c.data(2 * n * repeats)
     if fresh is None: return {}
     sets = fresh.view(repeats, 2, n, *fresh.shape[1:])
     mean = lambda values: sum(values) / repeats
-    return {"w2_one_step": mean(wasserstein(c.one_step[:n], first) for first, _ in sets), "w2_floor": mean(wasserstein(*pair) for pair in sets)}
+    return {"w2_one_step": mean(wasserstein(x, first) for x, (first, _) in zip(ours, sets)), "w2_floor": mean(wasserstein(*pair) for pair in sets)}
 
 # %% ../nbs/1_plane/07_comparing.ipynb #32c1c330
 @register("metric", "properties")
@@ -197,19 +198,19 @@ def panel_triangle(report, ax, title: str):
     ax.grid(False)
     ax.set(xlabel="from t", ylabel="to s", title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #2d1325eb
+# %% ../nbs/1_plane/07_comparing.ipynb #618196d1
 def panel_evaluations(report, ax, title: str):
     "Error against cost, per point where there is a pairing, else as a law."
     rows, key = report.results["evaluations"], "relative_rmse"
     methods = dict.fromkeys(row["method"] for row in rows if row[key] is not None)
     for i, method in enumerate(methods):
         points = [(row["evaluations"], row[key]) for row in rows if row["method"] == method and row[key] is not None]
-        style = {"color": COLOURS["red"], "marker": "*", "markersize": 9} if "map" in method else {}
-        if "map, renoise" != method: ax.loglog(*zip(*points), label=method, linestyle="--" if "exact" in method else "-", **style)
+        style = {"color": COLOURS["black"], "marker": "*", "markersize": 9} if "map" in method else {}
+        if method != "map, renoise": ax.loglog(*zip(*points), label=method, linestyle="--" if "exact" in method else "-", **style)
     ax.set(xlabel="evaluations", ylabel="relative RMS error", title=title)
     ax.legend(fontsize=6.5)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #bd448875
+# %% ../nbs/1_plane/07_comparing.ipynb #18da62c6
 def panel_law(report, ax, title: str):
     "W2 of the two samplers in one to eight steps, above the sampling floor."
     rows = report.results["evaluations"]
@@ -218,17 +219,19 @@ def panel_law(report, ax, title: str):
     ax.plot(*zip(*[(row["evaluations"], row["w2"]) for row in rows if row["method"] == "euler, learned velocity" and row["evaluations"] <= 16]), label="Euler, learned velocity")
     ax.axhline(min(row["w2"] for row in rows if "exact" in row["method"]), color=COLOURS["grey"], linestyle=":", marker="", label="exact flow")
     ax.set(xlabel="evaluations", ylabel="W2 to fresh data (512 points)", xscale="log", yscale="log", title=title)
+    for axis, ticks in ((ax.xaxis, (1, 2, 4, 8, 16)), (ax.yaxis, (0.2, 0.3, 0.5, 1, 2))):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
     ax.legend()
 
-# %% ../nbs/1_plane/07_comparing.ipynb #1a53592e
+# %% ../nbs/1_plane/07_comparing.ipynb #d4eb7b30
 def panel_trajectories(report, ax, title: str):
     "Exact trajectories and the answers f(x1, 1, s) of the map."
     paths = report.results["trajectories"]
     for i in range(paths["exact"].shape[1]):
-        ax.plot(*paths["exact"][:, i].T, color=COLOURS["grey"], marker="", linewidth=2.2, alpha=0.5, label="exact" if i == 0 else None)
-        ax.plot(*paths["learned"][:, i].T, color=COLOURS["red"], marker="", linewidth=0.8, label="learned" if i == 0 else None)
+        ax.plot(*paths["exact"][:, i].T, color=COLOURS["grey"], marker="", linewidth=2.2, alpha=0.5)
+        ax.plot(*paths["learned"][:, i].T, color=COLOURS["red"], marker="", linewidth=0.8)
     ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title=title)
-    ax.legend(loc="upper right")
 
 # %% ../nbs/1_plane/07_comparing.ipynb #608d88cd
 def panel_pictures(report, ax, title: str, count: int = 8):
@@ -240,14 +243,14 @@ def panel_pictures(report, ax, title: str, count: int = 8):
     ax.imshow(both.permute(1, 2, 0) if len(both) == 3 else both[0], cmap="gray")
     ax.set(xticks=[], yticks=[], title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #da42b550
+# %% ../nbs/1_plane/07_comparing.ipynb #e301de10
 def draw(report: Report):
     "The figure of a report: panels for points in the plane or for pictures, then the panels that fit both."
     c, r = report.comparison, report.results
     plane = c.x1.shape[1:] == (2,)
     panels = [(panel_samples, "truth", "exact map"), (panel_samples, "one_step", "learned map, one step"), (panel_error, "error of the one-step map")] if plane else []
     if c.x1.ndim == 4: panels.append((panel_pictures, "exact ends (above), one step (below)"))
-    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories"))
+    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories: exact wide grey, learned thin red"))
     if "triangle" in r: panels.append((panel_triangle, "error of each jump from t to s"))
     if "evaluations" in r: panels.append((panel_evaluations, "error against cost"))
     if "evaluations" in r and r["evaluations"][0]["w2"] is not None: panels.append((panel_law, "law of the samples"))

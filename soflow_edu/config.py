@@ -238,9 +238,9 @@ def choose_device(name: str = "auto"):   # "auto", "cpu", "cuda", "cuda:1", "mps
     if not here[name.split(":")[0]]: raise InputError(f"The device {name!r} was asked for, but this machine has none. Use 'auto' or 'cpu'.")
     return torch.device(name)
 
-# %% ../nbs/0_start/01_config.ipynb #6bf17c2f
+# %% ../nbs/0_start/01_config.ipynb #ced8b67a
 COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "black": "#222222", "grey": "#8C8C8C"}
-MARKERS = "osD^vPX*"
+MARKERS = "osD^v<>h"
 
 # %% ../nbs/0_start/01_config.ipynb #1aa49b92
 def canvas(columns: int = 1, rows: int = 1, width: float = 3.3, height: float = 3.1,   # size of one panel, in inches
@@ -253,7 +253,7 @@ def canvas(columns: int = 1, rows: int = 1, width: float = 3.3, height: float = 
              "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(marker=list(MARKERS))}
     with plt.rc_context(style): return plt.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
 
-# %% ../nbs/0_start/01_config.ipynb #60fcf543
+# %% ../nbs/0_start/01_config.ipynb #195b9667
 def show(figure,      # a matplotlib figure
          alt: str,    # its finding in a sentence, for readers who cannot see it
          ):
@@ -262,6 +262,6 @@ def show(figure,      # a matplotlib figure
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
     png = io.BytesIO()
-    figure.savefig(png, dpi=110, facecolor="white", metadata={"Software": None})
+    figure.savefig(png, dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     plt.close(figure)
     display(Image(png.getvalue(), alt=alt))
