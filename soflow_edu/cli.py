@@ -25,17 +25,17 @@ def learn(config):   # a Config whose data are a toy -> Step
     step.seconds = clock("cpu") - start        # data, assembly and the timing of the first steps included
     return step
 
-# %% ../nbs/4_practice/01_command_line.ipynb #d83ad341
-def measure(run, dataset: str):   # a Run, as trained or as loaded from its folder -> Report
+# %% ../nbs/4_practice/01_command_line.ipynb #4512d7b8
+def measure(run):   # a Run, as trained or as loaded from its folder -> Report
     "The comparison of a run with the exact flow of its data set; the same numbers from the folder alone."
     from soflow_edu.comparing import compare
     from soflow_edu.distributions import law_of
     from soflow_edu.odes import ExactFlow
     from soflow_edu.training import trained
     model = trained(run)
-    return compare(model, ExactFlow(law_of(dataset), model.path), seed=12345)
+    return compare(model, ExactFlow(law_of(run.config.data), model.path), seed=12345)
 
-# %% ../nbs/4_practice/01_command_line.ipynb #bb430ae4
+# %% ../nbs/4_practice/01_command_line.ipynb #e741d329
 def demo(dataset: str = "eight_gaussians", seconds: float = 60.0, seed: int = 0, json: str = "", out: str = "runs/demo"):
     """Train a one-step map in the plane and compare it with the exact one.
 
@@ -50,22 +50,22 @@ def demo(dataset: str = "eight_gaussians", seconds: float = 60.0, seed: int = 0,
     """
     if dataset not in names("data"): raise unknown("data set", dataset, names("data"))
     if not 1 <= seconds <= 1e6: raise InputError(f"--seconds is {seconds:g}, but must lie between 1 and 1000000.")
-    if json and Path(json).is_dir(): raise InputError(f"--json names the folder {json}, but a file is to be written. Give a file name.")
+    if json and (Path(json).is_dir() or not Path(json).absolute().parent.is_dir()): raise InputError(f"--json is {json}, but must name a file in a folder that exists.")
     config = replace(load_config("plane"), data=dataset, seconds=seconds, seed=seed, device="cpu")
     folder = fresh_folder(out)
     from soflow_edu.training import save_run
     step = learn(config)
     save_run(folder, step.run)
-    report = measure(step.run, dataset)
+    report = measure(step.run)
     numbers = {"dataset": dataset, "seed": seed, "steps": step.steps, "train_seconds": round(step.seconds, 2)} | report.values | {"evaluations": report.results["evaluations"]}
     write_results(folder, report, numbers, json)
 
-# %% ../nbs/4_practice/01_command_line.ipynb #ca60e3cc
+# %% ../nbs/4_practice/01_command_line.ipynb #95111f5e
 def write_results(folder: Path, report, numbers: dict, also=""):   # also: another file for the numbers
     "Prints the table; writes it, the numbers and the figure, each under a temporary name first."
     title = f"{numbers['dataset']}: {numbers['steps']} steps in {numbers['train_seconds']:.1f} CPU seconds, seed {numbers['seed']}"
     text = f"{title}\n\n{report.table}\n"
-    print(f"\n{text}\nrelative_rmse is the RMS of f(x1, 1, 0) - exact over the RMS of exact; w2_floor is what a perfect map would reach.\nWritten to {folder}/: demo.json, table.txt, figure.png, and the run itself.")
+    print(f"\n{text}\nrelative_rmse is the RMS of f(x1, 1, 0) - exact over the RMS of exact; w2_floor is the distance of two sets of fresh data.\nWritten to {folder}/: demo.json, table.txt, figure.png, and the run itself.")
     with replacing(folder / "table.txt") as path: path.write_text(text, encoding="utf-8")
     for target in filter(None, (folder / "demo.json", also)):
         with replacing(target) as path: path.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
@@ -80,7 +80,7 @@ def version():
     from importlib.metadata import version as installed
     print(installed("soflow_edu"))
 
-# %% ../nbs/4_practice/01_command_line.ipynb #809d6ac7
+# %% ../nbs/4_practice/01_command_line.ipynb #78e524dd
 COMMANDS = {"demo": demo, "version": version}
 
 def main(arguments: list | None = None):   # those of the process if not given
@@ -88,6 +88,7 @@ def main(arguments: list | None = None):   # those of the process if not given
     import tyro
     try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="soflow", description="One-step generative modelling by solution functions.", args=arguments)
     except InputError as error: leave(error)
+    except OSError as error: leave(InputError(f"{error.strerror}: {error.filename}. Nothing that was complete is lost; choose another place with --out, or make room."))
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/4_practice/01_command_line.ipynb #5a6dd0d9

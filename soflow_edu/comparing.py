@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['SOLVER_LADDER', 'METRICS', 'wasserstein', 'Comparison', 'one_step', 'transport', 'properties', 'triangle',
-           'trajectories', 'evaluations', 'solve', 'Report', 'compare', 'panel_samples', 'panel_error',
+           'trajectories', 'evaluations', 'solve', 'Report', 'compare', 'evaluating', 'panel_samples', 'panel_error',
            'panel_triangle', 'panel_evaluations', 'panel_law', 'panel_trajectories', 'panel_pictures', 'draw']
 
-# %% ../nbs/1_plane/07_comparing.ipynb #faf1874d
+# %% ../nbs/1_plane/07_comparing.ipynb #dfaab58e
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,7 +26,7 @@ def wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:   # (n, ...), (n, ..
     cost = torch.cdist(a.double().flatten(1), b.double().flatten(1)).pow(2).cpu().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #c1bd4cef
+# %% ../nbs/1_plane/07_comparing.ipynb #ca1db367
 class Comparison:
     "A model beside its truth. Metrics read from it; what is costly is computed once."
     def __init__(self, model, flow, x1, y=None, seed: int = 0):
@@ -40,7 +41,7 @@ class Comparison:
 
     def exact(self, x, t, s): return self.flow.solution(x, t, s, None if self.y is None else self.y[:len(x)])
 
-    def generator(self): return torch.Generator(self.x1.device).manual_seed(self.seed + 1)
+    def generator(self, stream: int): return torch.Generator().manual_seed(7919 * self.seed + stream)
 
     @cached_property
     def truth(self): return self.exact(self.x1, 1.0, 0.0)
@@ -48,9 +49,12 @@ class Comparison:
     @cached_property
     def one_step(self): return self.f(self.x1, 1.0, 0.0)
 
-    def data(self, n: int):   # (n, ...), or None where the flow knows no data
-        "Fresh data of the flow's distribution, another set at each call of a new generator."
-        return self.flow.sample(n, self.generator())[0].to(self.x1) if hasattr(self.flow, "sample") else None
+    def data(self, n: int, stream: int = 1):   # (n, ...), or None where the flow knows no data
+        "Fresh data. For labelled noise: ends of the exact map from fresh noise with the same labels."
+        if not hasattr(self.flow, "sample"): return None
+        if self.y is None: return self.flow.sample(n, self.generator(stream))[0].to(self.x1)
+        y = self.y.repeat(-(-n // len(self.y)))[:n]
+        return self.flow.solution(torch.randn(n, *self.x1.shape[1:], generator=self.generator(stream)).to(self.x1), 1.0, 0.0, y)
 
 # %% ../nbs/1_plane/07_comparing.ipynb #89eb6fbb
 @register("metric", "one_step")
@@ -59,24 +63,23 @@ def one_step(c: Comparison) -> dict:
     gap = (c.one_step - c.truth).double().flatten(1).norm(dim=1)
     return {"relative_rmse": rms(c.one_step - c.truth) / rms(c.truth), "rmse": rms(c.one_step - c.truth), "median_error": gap.median().item()}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #8e834673
+# %% ../nbs/1_plane/07_comparing.ipynb #657ad0df
 @register("metric", "transport")
 def transport(c: Comparison, most: int = 1024) -> dict:
-    "W2 between one-step samples and fresh data, with its sampling floor, each a mean over three sets; empty where the flow knows no data."
+    "W2 between one-step samples and fresh data, with its sampling floor, each a mean over three sets of fresh data; empty where the flow knows no data."
     n, repeats = min(most, len(c.x1)), 3
     ours = [c.one_step[i:i + n] for i in torch.linspace(0, len(c.x1) - n, repeats).int().tolist()]
-    fresh = c.data(2 * n * repeats)
-    if fresh is None: return {}
-    sets = fresh.view(repeats, 2, n, *fresh.shape[1:])
+    pairs = [(c.data(n, stream=2 * i + 10), c.data(n, stream=2 * i + 11)) for i in range(repeats)]
+    if pairs[0][0] is None: return {}
     mean = lambda values: sum(values) / repeats
-    return {"w2_one_step": mean(wasserstein(x, first) for x, (first, _) in zip(ours, sets)), "w2_floor": mean(wasserstein(*pair) for pair in sets)}
+    return {"w2_one_step": mean(wasserstein(x, first) for x, (first, _) in zip(ours, pairs)), "w2_floor": mean(wasserstein(*pair) for pair in pairs)}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #32c1c330
+# %% ../nbs/1_plane/07_comparing.ipynb #6baff1d1
 @register("metric", "properties")
 def properties(c: Comparison, most: int = 512) -> dict:
     "Semigroup defect of the map, and its ODE residual against the flow's velocity, at random times on exact trajectories."
     x1 = c.x1[:most]
-    t, s = (time.to(x1).clamp(0.01, 0.99) for time in UniformTimes().sample(len(x1), c.generator()))
+    t, s = (time.to(x1).clamp(0.01, 0.99) for time in UniformTimes().sample(len(x1), c.generator(2)))
     l, x, y = (t + s) / 2, c.exact(x1, 1.0, t), None if c.y is None else c.y[:most]
     return {"semigroup_defect": semigroup_defect(c.f, x, t, torch.minimum(torch.maximum(l, s), t), s),
             "ode_residual": ode_residual(c.f, lambda x, t: c.flow.velocity(x, t, y), x, t, s)}
@@ -100,22 +103,24 @@ def trajectories(c: Comparison, most: int = 40, count: int = 21) -> dict:
     for t, s in zip(times, times[1:]): exact.append(c.exact(exact[-1], t, s))
     return {"trajectories": {"exact": torch.stack(exact), "learned": torch.stack([c.f(x1, 1.0, s) for s in times])}}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #6dee6e43
+# %% ../nbs/1_plane/07_comparing.ipynb #86d9bd29
 @register("metric", "evaluations")
-def evaluations(c: Comparison, most: int = 512) -> dict:
+def evaluations(c: Comparison, most: int = 1024) -> dict:
     "Rows (method, evaluations, relative_rmse, w2): the map and ODE solvers at growing cost."
     n, rows = min(most, len(c.x1)), []
     x1, truth, y = c.x1[:n], c.truth[:n], None if c.y is None else c.y[:n]
     fresh = c.data(n)
+    floor = None if fresh is None else [wasserstein(c.data(n, stream), fresh) for stream in (3, 4, 5)]
     def add(method, count, x, paired=True):
         rows.append({"method": method, "evaluations": count, "relative_rmse": rms(x - truth) / rms(truth) if paired else None,
                      "w2": None if fresh is None else wasserstein(x, fresh)})
     for name in ("renoise", "jump"):
-        for steps in (1, 2, 4, 8): add(f"map, {name}", steps, find("sampler", name)(c.f, x1, steps, c.path, c.generator()), name == "jump" or steps == 1)
+        for steps in (1, 2, 4, 8): add(f"map, {name}", steps, find("sampler", name)(c.f, x1, steps, c.path, c.generator(6)), name == "jump" or steps == 1)
     for kind, field in (("learned", c.model), ("exact", c.flow)):
+        if not hasattr(field, "velocity"): continue                       # a bare map has no velocity to integrate
         for method, settings in SOLVER_LADDER.items():
             for setting in settings: add(f"{method}, {kind} velocity", *solve(field, x1, y, method, setting))
-    return {"evaluations": rows}
+    return {"evaluations": rows, "evaluations_points": n, "evaluations_floor": floor}
 
 # %% ../nbs/1_plane/07_comparing.ipynb #bb297280
 SOLVER_LADDER = {"euler": (1, 4, 16, 64), "heun": (2, 8, 32), "dopri5": (1e-2, 1e-4)}   # steps, or rtol for dopri5
@@ -128,7 +133,7 @@ def solve(field, x1, y, method, setting) -> tuple:   # evaluations, (B, ...)
     run = integrate(field, x1, 1.0, end, y, method=method, **options)
     return run.evaluations, run.x
 
-# %% ../nbs/1_plane/07_comparing.ipynb #346e3088
+# %% ../nbs/1_plane/07_comparing.ipynb #059e0a80
 @dataclass
 class Report:
     "The results of `compare`."
@@ -144,7 +149,7 @@ class Report:
         lines = [f"{name:18s} {value:10.4f}" for name, value in self.values.items()]
         cell = lambda value: f"{'-' if value is None else format(value, '.4f'):>14s}"
         if rows := self.results.get("evaluations"):
-            lines += ["", f"{'method':26s}{'evaluations':>12s}{'relative_rmse':>14s}{'w2':>14s}"]
+            lines += ["", f"The same, and solvers, on {self.results['evaluations_points']:,} points:", f"{'method':26s}{'evaluations':>12s}{'relative_rmse':>14s}{'w2':>14s}"]
             lines += [f"{row['method']:26s}{row['evaluations']:12d}{cell(row['relative_rmse'])}{cell(row['w2'])}" for row in rows]
         return "\n".join(lines)
 
@@ -152,21 +157,33 @@ class Report:
         "All panels for which there are results."
         return draw(self)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #321bd177
+# %% ../nbs/1_plane/07_comparing.ipynb #2c1f2448
 METRICS = ("one_step", "transport", "properties", "triangle", "evaluations", "trajectories")
 
 def compare(model, flow,           # a map f(x, t, s, y) that is also a velocity field; ExactFlow or OdeFlow
             x1=None, y=None,       # noise (B, ...) and labels (B,); 4,096 fresh noises, or 512 for a finite set, if not given
             *, metrics=METRICS, seed: int = 0) -> Report:
     "Measures a map against its truth. Raises InputError for an unknown metric, or if noise must be given and is not."
-    functions = [find("metric", name) for name in metrics]
+    functions = [find("metric", name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
     if x1 is None:
         if not hasattr(flow, "distribution"): raise InputError("This flow does not know the shape of its data. Give noise: compare(model, flow, x1=torch.randn(n, ...)).")
-        count = 512 if flow.s_min else 4096
+        count = 512 if getattr(flow, "s_min", 0) else 4096
         x1 = torch.randn(count, *flow.distribution.shape, generator=torch.Generator().manual_seed(seed))
-    report = Report(Comparison(model, flow, x1, y, seed))
-    for function in functions: report.results |= function(report.comparison)
+    if isinstance(model, torch.nn.Module): x1 = x1.to(next(model.parameters()).device)
+    report = Report(Comparison(model, flow, x1, None if y is None else y.to(x1.device), seed))
+    with evaluating(model):
+        for function in functions: report.results |= function(report.comparison)
     return report
+
+# %% ../nbs/1_plane/07_comparing.ipynb #032143ff
+@contextmanager
+def evaluating(model):
+    "A network without dropout for the time of a comparison; its mode is restored."
+    training = getattr(model, "training", False)
+    if training: model.eval()
+    try: yield
+    finally:
+        if training: model.train()
 
 # %% ../nbs/1_plane/07_comparing.ipynb #95363f87
 def panel_samples(report, ax, which: str, title: str):
@@ -175,12 +192,12 @@ def panel_samples(report, ax, which: str, title: str):
     sector = lambda x: ((torch.atan2(x[:, 1], x[:, 0]) / (2 * torch.pi) * 8).round() % 8).int()
     plot_points(ax, x, sector(report.comparison.truth[:1500]), title=title, size=2.5)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #3b6a1386
+# %% ../nbs/1_plane/07_comparing.ipynb #36f8eb8e
 def panel_error(report, ax, title: str):
     "Where in the noise the one-step map errs."
     c = report.comparison
-    gap = (c.one_step - c.truth).norm(dim=1).clamp(min=1e-3).log10()
-    drawn = ax.scatter(*c.x1.T, c=gap, s=3, cmap="cividis", vmin=-3, vmax=0.5, linewidths=0)
+    gap = (c.one_step - c.truth).norm(dim=1).clamp(min=1e-3).log10().cpu()
+    drawn = ax.scatter(*c.x1.cpu().T, c=gap, s=3, cmap="cividis", vmin=-3, vmax=0.5, linewidths=0)
     bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.8, ticks=[-3, -2, -1, 0])
     bar.ax.set_yticklabels(["0.001", "0.01", "0.1", "1"])
     ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title=title, xlabel="noise, first coordinate", ylabel="noise, second coordinate")
@@ -198,7 +215,7 @@ def panel_triangle(report, ax, title: str):
     ax.grid(False)
     ax.set(xlabel="from t", ylabel="to s", title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #618196d1
+# %% ../nbs/1_plane/07_comparing.ipynb #db1195f8
 def panel_evaluations(report, ax, title: str):
     "Error against cost, per point where there is a pairing, else as a law."
     rows, key = report.results["evaluations"], "relative_rmse"
@@ -208,29 +225,31 @@ def panel_evaluations(report, ax, title: str):
         style = {"color": COLOURS["black"], "marker": "*", "markersize": 9} if "map" in method else {}
         if method != "map, renoise": ax.loglog(*zip(*points), label=method, linestyle="--" if "exact" in method else "-", **style)
     ax.set(xlabel="evaluations", ylabel="relative RMS error", title=title)
-    ax.legend(fontsize=6.5)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-# %% ../nbs/1_plane/07_comparing.ipynb #18da62c6
+# %% ../nbs/1_plane/07_comparing.ipynb #7314c7a6
 def panel_law(report, ax, title: str):
-    "W2 of the two samplers in one to eight steps, above the sampling floor."
+    "W2 of the two samplers in one to eight steps beside the sampling floor; differences within its band mean nothing."
     rows = report.results["evaluations"]
     for name in ("renoise", "jump"):
         ax.plot(*zip(*[(row["evaluations"], row["w2"]) for row in rows if row["method"] == f"map, {name}"]), label=f"map, {name}")
     ax.plot(*zip(*[(row["evaluations"], row["w2"]) for row in rows if row["method"] == "euler, learned velocity" and row["evaluations"] <= 16]), label="Euler, learned velocity")
-    ax.axhline(min(row["w2"] for row in rows if "exact" in row["method"]), color=COLOURS["grey"], linestyle=":", marker="", label="exact flow")
-    ax.set(xlabel="evaluations", ylabel="W2 to fresh data (512 points)", xscale="log", yscale="log", title=title)
+    floor = report.results["evaluations_floor"]
+    ax.axhspan(min(floor), max(floor), color=COLOURS["grey"], alpha=0.3, linewidth=0, label="sampling floor, three sets")
+    ax.set(xlabel="evaluations", ylabel="W2 to fresh data", xscale="log", yscale="log", title=title)
     for axis, ticks in ((ax.xaxis, (1, 2, 4, 8, 16)), (ax.yaxis, (0.2, 0.3, 0.5, 1, 2))):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    ax.legend()
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-# %% ../nbs/1_plane/07_comparing.ipynb #d4eb7b30
+# %% ../nbs/1_plane/07_comparing.ipynb #56e9d176
 def panel_trajectories(report, ax, title: str):
     "Exact trajectories and the answers f(x1, 1, s) of the map."
-    paths = report.results["trajectories"]
+    paths = {name: path.cpu() for name, path in report.results["trajectories"].items()}
     for i in range(paths["exact"].shape[1]):
         ax.plot(*paths["exact"][:, i].T, color=COLOURS["grey"], marker="", linewidth=2.2, alpha=0.5)
         ax.plot(*paths["learned"][:, i].T, color=COLOURS["red"], marker="", linewidth=0.8)
+    ax.scatter(*paths["exact"][0].T, s=6, color=COLOURS["black"], zorder=3)
     ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title=title)
 
 # %% ../nbs/1_plane/07_comparing.ipynb #608d88cd
@@ -243,17 +262,18 @@ def panel_pictures(report, ax, title: str, count: int = 8):
     ax.imshow(both.permute(1, 2, 0) if len(both) == 3 else both[0], cmap="gray")
     ax.set(xticks=[], yticks=[], title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #e301de10
+# %% ../nbs/1_plane/07_comparing.ipynb #97d7d320
 def draw(report: Report):
     "The figure of a report: panels for points in the plane or for pictures, then the panels that fit both."
     c, r = report.comparison, report.results
     plane = c.x1.shape[1:] == (2,)
     panels = [(panel_samples, "truth", "exact map"), (panel_samples, "one_step", "learned map, one step"), (panel_error, "error of the one-step map")] if plane else []
     if c.x1.ndim == 4: panels.append((panel_pictures, "exact ends (above), one step (below)"))
-    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories: exact wide grey, learned thin red"))
-    if "triangle" in r: panels.append((panel_triangle, "error of each jump from t to s"))
+    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories (grey exact, red learned)"))
+    if "triangle" in r: panels.append((panel_triangle, "error of each jump"))
     if "evaluations" in r: panels.append((panel_evaluations, "error against cost"))
     if "evaluations" in r and r["evaluations"][0]["w2"] is not None: panels.append((panel_law, "law of the samples"))
+    if not panels: raise InputError("There is nothing to draw. Ask compare for more metrics, or give points in the plane or pictures.")
     columns = min(4, len(panels))
     figure, axes = canvas(columns, -(-len(panels) // columns), width=3.3, height=3.1)
     axes = list(axes.flat) if hasattr(axes, "flat") else [axes]

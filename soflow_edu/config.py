@@ -20,7 +20,7 @@ from typing import get_type_hints
 class InputError(ValueError):
     "Bad input: the message says what was given, what was expected and what to do."
 
-# %% ../nbs/0_start/01_config.ipynb #985fc78b
+# %% ../nbs/0_start/01_config.ipynb #c52f9f2e
 def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
             given: str,   # the name as it was typed
             known,        # the names that exist
@@ -29,7 +29,7 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     known = sorted(known)
     near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return InputError(f"Unknown {kind} {given!r}.{hint} Known: {', '.join(known)}.")
+    return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
 # %% ../nbs/0_start/01_config.ipynb #28127655
 CATALOGUE = {
@@ -74,31 +74,35 @@ def find(kind: str, name: str):
         import_module(f"soflow_edu.{CATALOGUE[kind][name]}")
     return _registered[kind, name]
 
-# %% ../nbs/0_start/01_config.ipynb #9362ba27
+# %% ../nbs/0_start/01_config.ipynb #3c4bf2d0
 def build(kind: str,      # a key of CATALOGUE
           description,    # a name, a dictionary {"name": ..., option: value}, or an object, which is returned as it is
           **options,      # further options, which win over those of the description
           ):
-    "The object that a description names. Raises InputError for an unknown name or option."
+    "The object that a description names. Raises InputError for an unknown name, or an option that is unknown or missing."
     if isinstance(description, str): description = {"name": description}
+    if description is None or not isinstance(description, dict) and options: raise InputError(f"A {kind} was given as {description!r} with the options {options}. Give a name, or a dictionary with 'name' and its options.")
     if not isinstance(description, dict): return description
     if "name" not in description: raise InputError(f"A {kind} was given as {description!r}, without a name. Add 'name', one of: {', '.join(names(kind))}.")
-    options = {key: value for key, value in description.items() if key != "name"} | options
-    builder = find(kind, description["name"])
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in (description | options).items() if key != "name"}
+    builder, name = find(kind, description["name"]), f"{kind} {description['name']}"
+    if not callable(builder): raise InputError(f"The {name} is no recipe but an object. Look it up with find({kind!r}, {description['name']!r}).")
     for key in options:
-        if key not in signature(builder).parameters: raise unknown(f"option of the {kind} {description['name']!r}", key, signature(builder).parameters)
+        if key not in signature(builder).parameters: raise unknown(f"option of the {name}", key, signature(builder).parameters)
+    try: signature(builder).bind(**options)
+    except TypeError as error: raise InputError(f"The {name} cannot be built: {error}. Its options are: {', '.join(signature(builder).parameters)}.") from None
     return builder(**options)
 
-# %% ../nbs/0_start/01_config.ipynb #ffc720d6
+# %% ../nbs/0_start/01_config.ipynb #7aa2b9da
 def describe(component) -> dict:   # {"name": ..., option: value}, plain enough for YAML and JSON
     "The dictionary from which `build` makes an equal object. Raises InputError for an object without a registered name."
     if hasattr(component, "spec"): return component.spec()
-    if not (is_dataclass(component) and hasattr(component, "registered_name")):
+    if not (is_dataclass(component) and "registered_name" in vars(type(component))):
         raise InputError(f"A {type(component).__name__} cannot be described: enter its class with @register(kind, name) and make it a dataclass, or give it a method spec().")
     plain = lambda value: describe(value) if is_dataclass(value) or hasattr(value, "spec") else list(value) if isinstance(value, tuple) else value
     return {"name": component.registered_name} | {f.name: plain(getattr(component, f.name)) for f in fields(component) if f.init}
 
-# %% ../nbs/0_start/01_config.ipynb #bad16d91
+# %% ../nbs/0_start/01_config.ipynb #6f2c707b
 @dataclass
 class Config:
     "Everything that a run needs to be repeated. Raises InputError for a value of the wrong type or range."
@@ -107,7 +111,7 @@ class Config:
     coefficients: str | dict = "euler"      # a and b of f = a x + b F
     network: str | dict = "mlp"             # F
     objective: str | dict = "soflow"        # what the network is trained for
-    steps: int | None = None                # length of the run in optimiser steps ...
+    steps: int | None = None                # length of the run in optimiser steps; if given, it wins ...
     seconds: float | None = 60.0            # ... or as a budget: CPU seconds on a CPU, wall-clock seconds elsewhere
     batch: int = 1024                       # samples a step
     learning_rate: float = 2e-3             # peak of the learning rate
@@ -123,10 +127,10 @@ class Config:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/0_start/01_config.ipynb #f42bcafc
+# %% ../nbs/0_start/01_config.ipynb #b40eb113
 def check_config(config):
     "Raises InputError if a field has the wrong type or lies outside its range."
-    config.betas = tuple(config.betas)
+    config.betas = tuple(config.betas) if isinstance(config.betas, list | tuple) else (config.betas,)
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None): setattr(config, name, value := float(value))
@@ -135,6 +139,7 @@ def check_config(config):
         if name in RANGES and value is not None and not RANGES[name][0] <= value <= RANGES[name][1]:
             raise InputError(f"Configuration: {name} is {value!r}, but must lie between {RANGES[name][0]} and {RANGES[name][1]}.")
     if config.steps is None and config.seconds is None: raise InputError("Configuration: give the length of the run as steps or as seconds; both are empty.")
+    if len(config.betas) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in config.betas): raise InputError(f"Configuration: betas is {config.betas!r}, but must be two numbers from 0 to below 1.")
     if config.decay not in DECAYS: raise unknown("decay of the learning rate", config.decay, DECAYS)
 
 # %% ../nbs/0_start/01_config.ipynb #251516fb
@@ -163,7 +168,7 @@ def read_text(path: Path) -> str:
     try: return path.read_text(encoding="utf-8")
     except UnicodeDecodeError: raise InputError(f"{path} is not a text file. Check the name.") from None
 
-# %% ../nbs/0_start/01_config.ipynb #0703698f
+# %% ../nbs/0_start/01_config.ipynb #6119581e
 def make_config(given: dict,     # fields by name, as read from YAML
                 base: Config | None = None,   # the configuration whose fields they replace; the defaults if not given
                 ) -> Config:
@@ -172,6 +177,7 @@ def make_config(given: dict,     # fields by name, as read from YAML
     for key in given:
         if key not in known: raise unknown("configuration key", key, known)
     if given.get("steps") and "seconds" not in given: given = given | {"seconds": None}
+    if given.get("seconds") and "steps" not in given: given = given | {"steps": None}
     return replace(base or Config(), **given)
 
 # %% ../nbs/0_start/01_config.ipynb #bfd33809
@@ -218,9 +224,9 @@ def fresh_folder(folder,              # where a run is to be written
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../nbs/0_start/01_config.ipynb #90c615f9
+# %% ../nbs/0_start/01_config.ipynb #c0e4cb2f
 def data_root() -> Path:
-    "The folder that holds data sets: $SOFLOW_DATA, else ./data, else the user's cache. Raises InputError if it is a file or missing."
+    "The folder that holds data sets: $SOFLOW_DATA, else ./data, else the user's cache. Raises InputError if it is a file, or if SOFLOW_DATA names no folder."
     given = os.environ.get("SOFLOW_DATA")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soflow_edu"
     root = Path(given) if given else Path("data") if Path("data").is_dir() else cache
@@ -228,30 +234,32 @@ def data_root() -> Path:
     if given and not root.is_dir(): raise InputError(f"SOFLOW_DATA names {root}, which does not exist. Make the folder, or unset the variable to use ./data.")
     return root
 
-# %% ../nbs/0_start/01_config.ipynb #3485a5e3
+# %% ../nbs/0_start/01_config.ipynb #42e49136
 def choose_device(name: str = "auto"):   # "auto", "cpu", "cuda", "cuda:1", "mps"
     "The torch device of a name; auto takes a GPU where there is one. Raises InputError for a device this machine does not have."
     import torch
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto": return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
-    if name.split(":")[0] not in here: raise unknown("device", name, ["auto", *here])
-    if not here[name.split(":")[0]]: raise InputError(f"The device {name!r} was asked for, but this machine has none. Use 'auto' or 'cpu'.")
+    kind, _, index = name.partition(":")
+    if kind not in here: raise unknown("device", name, ["auto", *here])
+    if not here[kind] or index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()): raise InputError(f"The device {name!r} was asked for, but this machine does not have it. Use 'auto' or 'cpu'.")
     return torch.device(name)
 
 # %% ../nbs/0_start/01_config.ipynb #ced8b67a
 COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "black": "#222222", "grey": "#8C8C8C"}
 MARKERS = "osD^v<>h"
 
-# %% ../nbs/0_start/01_config.ipynb #1aa49b92
+# %% ../nbs/0_start/01_config.ipynb #fa0743f1
 def canvas(columns: int = 1, rows: int = 1, width: float = 3.3, height: float = 3.1,   # size of one panel, in inches
            ):
-    "A figure in the style of the course and its axes, as matplotlib.pyplot.subplots returns them."
+    "A figure in the style of the course, which is set for the session, and its axes, as matplotlib.pyplot.subplots returns them."
     import matplotlib.pyplot as plt
     from cycler import cycler
     style = {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
              "axes.titlesize": 9.5, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4.5, "savefig.dpi": 110,
              "axes.prop_cycle": cycler(color=list(COLOURS.values())) + cycler(marker=list(MARKERS))}
-    with plt.rc_context(style): return plt.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
+    plt.rcParams.update(style)
+    return plt.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
 
 # %% ../nbs/0_start/01_config.ipynb #195b9667
 def show(figure,      # a matplotlib figure

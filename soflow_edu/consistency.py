@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential', 'difference_quotient', 'Conditional',
-           'OwnVelocity', 'Exact', 'SoFlow', 'surrogate', 'Semigroup']
+           'OwnVelocity', 'Exact', 'SoFlow', 'velocity_loss', 'solution_loss', 'surrogate', 'Semigroup']
 
 # %% ../nbs/1_plane/08_consistency.ipynb #242634f3
 import math
@@ -61,88 +61,95 @@ class Exponential(Schedule):
     r_end: float = 0.002
     def __call__(self, progress): return self.r_init * (self.r_end / self.r_init) ** progress
 
-# %% ../nbs/1_plane/08_consistency.ipynb #ba3cf214
+# %% ../nbs/1_plane/08_consistency.ipynb #797f765a
 def difference_quotient(model, xt, t, s, l, v, Ft, Fl):   # xt, v, Ft, Fl (B, ...); times (B,)
     "(f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t - (t - l) v, without cancellation except in F_t - F_l."
-    T, S, L, c = t.double(), s.double(), l.double(), model.coefficients
+    wide = torch.float32 if t.device.type == "mps" else torch.float64     # which has no float64
+    T, S, L, c = t.to(wide), s.to(wide), l.to(wide), model.coefficients
     gap = T - L
     parts = (c.a(T, S) - c.a(L, S)) / gap, c.a(L, S), (c.b(T, S) - c.b(L, S)) / gap, c.b(L, S) / gap
     da, a, db, b = (expand(part.to(xt), xt) for part in parts)
     return da * xt + a * v + db * Ft + b * (Ft - Fl)
 
-# %% ../nbs/1_plane/08_consistency.ipynb #8a2d4470
+# %% ../nbs/1_plane/08_consistency.ipynb #82bb0c96
 @register("target", "conditional")
 @dataclass
 class Conditional:
     "The conditional velocity of the pair, as published: free, and right to first order in t - l."
-    def step(self, model, xt, t, v_cond, y, dropped): return v_cond       # for x_l
-    def regress(self, model, xt, t, v_cond, y, dropped): return v_cond    # for the flow-matching loss
+    def step(self, model, xt, t, v_cond, y=None, dropped=None, **extras): return v_cond       # for x_l
+    def regress(self, model, xt, t, v_cond, y=None, dropped=None, **extras): return v_cond    # for the flow-matching loss
 
-# %% ../nbs/1_plane/08_consistency.ipynb #3dc1610a
+# %% ../nbs/1_plane/08_consistency.ipynb #2bf7a4f3
 @register("target", "own")
 @dataclass
 class OwnVelocity(Conditional):
     "The model's own velocity read-out for the step: an estimate of the marginal velocity at the price of one evaluation."
-    def step(self, model, xt, t, v_cond, y, dropped): return model.velocity(xt, t, y)
+    def step(self, model, xt, t, v_cond, y=None, dropped=None, **extras): return model.velocity(xt, t, y, **extras)
 
-# %% ../nbs/1_plane/08_consistency.ipynb #5ddba1d6
+# %% ../nbs/1_plane/08_consistency.ipynb #a8c3373c
 @register("target", "exact")
 @dataclass
 class Exact:
     "The closed-form velocity of a flow, for experiments: an oracle that real data do not have."
     flow: object
-    def step(self, model, xt, t, v_cond, y, dropped): return self.flow.velocity(xt, t, y)
+    def step(self, model, xt, t, v_cond, y=None, dropped=None, **extras): return self.flow.velocity(xt, t, y)
     regress = step
     def spec(self): return {"name": "exact"}
 
-# %% ../nbs/1_plane/08_consistency.ipynb #60020bf2
+# %% ../nbs/1_plane/08_consistency.ipynb #233b3d83
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
     "Flow matching and solution consistency (SoFlow, section 4), without a Jacobian-vector product."
-    lam: float = 0.75                # share of the batch that trains the velocity, and weight of its loss
-    p: float = 0.0                   # adaptive weights; 0 in the plane
+    lam: float = 0.75                  # share of the batch that trains the velocity, and weight of its loss
+    p: float = 0.0                     # adaptive weights; 0 in the plane
     eps: float = 0.01
-    times: object = "corner"         # law of t and s
+    times: object = "corner"           # law of t and s
     schedule: object = "exponential"   # r of progress
-    target: object = "conditional"   # velocity of the step, and of the regression
+    target: object = "conditional"     # velocity of the step, and of the regression
 
     def __post_init__(self):
         if not 0 <= self.lam <= 1: raise InputError(f"lam is {self.lam}, but a share lies in [0, 1].")
         for kind in ("times", "schedule", "target"): setattr(self, kind, build(kind, getattr(self, kind)))
 
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
-        B = len(batch.x0)
-        n = int(self.lam * B)
+        B, n = len(batch.x0), int(self.lam * len(batch.x0))
         fm, (t, s) = self.times.sample_t(n, generator), self.times.sample(B - n, generator)
         l = towards(t, s, self.fraction(t, progress, generator))
         return Draws(noise_like(batch.x0, generator), torch.cat([fm, t]), torch.cat([fm, s]), torch.cat([fm, l]), regressed=n)
 
     def loss(self, model, batch: Batch, draws: Draws, progress: float) -> Loss:
-        n, t, s, y = draws.regressed, draws.t, draws.s, batch.y
-        xt, v_cond = model.path.interpolate(batch.x0, draws.x1, t)
-        F = model.F(xt, t, s, y, **batch.extras)                      # one call: rows before n have s = t
-        rows = lambda part: None if part is None else part[n:]
-        extras = {name: part[n:] for name, part in batch.extras.items()}
-        with torch.no_grad(): given = self.target.regress(model, xt[:n], t[:n], v_cond[:n], None if y is None else y[:n], draws.dropped)
-        fm = mse(model.velocity_from(F[:n], xt[:n], t[:n]), given)
-        q, gap = self.quotient(model, xt[n:], t[n:], s[n:], draws.l[n:], v_cond[n:], F[n:], rows(y), rows(draws.dropped), extras)
-        error = q.pow(2).flatten(1).mean(1)                           # MSE(f_t, f_l) / (t - l)²
-        db, b = model.coefficients.db(t[:n]), model.coefficients.b(t[n:], s[n:])
-        fm_loss = adaptive_weight(fm, self.p, self.eps) * fm / db.abs()
-        scm_loss = self.weight(gap, b) * adaptive_weight(error, self.p, self.eps) * error
-        total = sum(share * part.mean() for share, part in zip(self.shares(progress), (fm_loss, scm_loss)) if len(part))
-        return Loss(total, {name: part.detach().mean() for name, part in (("velocity_mse", fm), ("solution_loss", scm_loss)) if len(part)})
+        n, B = draws.regressed, len(batch.x0)
+        xt, v_cond = model.path.interpolate(batch.x0, draws.x1, draws.t)
+        F = model.F(xt, draws.t, draws.s, batch.y, **batch.extras)                    # one call for both parts
+        rows = {"xt": xt, "v_cond": v_cond, "F": F, "t": draws.t, "s": draws.s, "l": draws.l, "y": batch.y, "dropped": draws.dropped} | batch.extras
+        cut = lambda start, stop: {name: part if part is None else part[start:stop] for name, part in rows.items()}
+        parts = {"velocity": velocity_loss(self, model, **cut(0, n)) if n else None, "solution": solution_loss(self, model, **cut(n, B)) if n < B else None}
+        total = sum(share * parts[name][0].mean() for share, name in zip(self.shares(progress), parts) if parts[name])
+        return Loss(total, {f"{name}_mse": part[1].detach().mean() for name, part in parts.items() if part})
 
-    def quotient(self, model, xt, t, s, l, v_cond, Ft, y, dropped, extras):   # q (B, ...), t - l (B,)
-        with torch.no_grad():
-            v = self.target.step(model, xt, t, v_cond, y, dropped)
-            Fl = model.F(xt - expand(t - l, xt) * v, l, s, y, **extras)
-        return difference_quotient(model, xt, t, s, l, v, Ft, Fl), t - l
+    def shares(self, progress): return self.lam, 1 - self.lam                         # weights of the two parts
+    def fraction(self, t, progress, generator): return self.schedule(progress)        # r
+    def weight(self, gap, b): return gap / b.abs()                                    # (t - l)² of the error over the published (t - l) |b|
+    def advance(self, model, xt, t, s, l, v_cond, **given):                           # x_l
+        return xt - expand(t - l, xt) * self.target.step(model, xt, t, v_cond, **given)
 
-    def fraction(self, t, progress, generator): return self.schedule(progress)
-    def weight(self, gap, b): return gap / b.abs()                    # (t - l)² of the error over (t - l) |b| of the published weight
-    def shares(self, progress): return self.lam, 1 - self.lam
+# %% ../nbs/1_plane/08_consistency.ipynb #c202d769
+def velocity_loss(objective, model, xt, v_cond, F, t, s, l, **given) -> tuple:   # weighted and plain loss of each row, (n,)
+    "w MSE(v_theta, target) with w = 1 / (|db| (MSE + eps)^p)."
+    with torch.no_grad(): target = objective.target.regress(model, xt, t, v_cond, **given)
+    error = mse(model.velocity_from(F, xt, t), target)
+    return adaptive_weight(error, objective.p, objective.eps) * error / model.coefficients.db(t).abs(), error
+
+# %% ../nbs/1_plane/08_consistency.ipynb #e1f2ca4b
+def solution_loss(objective, model, xt, v_cond, F, t, s, l, y=None, dropped=None, **extras) -> tuple:   # weighted and plain loss of each row, (n,)
+    "w MSE(f_t, sg f_l), computed from the difference quotient q, whose mean square is MSE / (t - l)²."
+    with torch.no_grad():
+        xl = objective.advance(model, xt, t, s, l, v_cond, y=y, dropped=dropped, **extras)
+        Fl = model.F(xl, l, s, y, **extras)
+        v = (xt - xl) / expand(t - l, xt)
+    error = difference_quotient(model, xt, t, s, l, v, F, Fl).pow(2).flatten(1).mean(1)
+    return objective.weight(t - l, model.coefficients.b(t, s)) * adaptive_weight(error, objective.p, objective.eps) * error, error * (t - l)**2
 
 # %% ../nbs/1_plane/08_consistency.ipynb #6e9094c8
 def surrogate(Ft, q, b, p: float, eps: float):   # (B, ...), (B, ...), (B,) -> scalar
@@ -150,7 +157,7 @@ def surrogate(Ft, q, b, p: float, eps: float):   # (B, ...), (B, ...), (B,) -> s
     w = adaptive_weight(q.pow(2).flatten(1).mean(1), p, eps)
     return (expand(b.sign(), Ft) * Ft * (q * expand(w, q)).detach()).mean()
 
-# %% ../nbs/1_plane/08_consistency.ipynb #e2eefc9e
+# %% ../nbs/1_plane/08_consistency.ipynb #d3820329
 @register("objective", "semigroup")
 @dataclass
 class Semigroup(SoFlow):
@@ -158,12 +165,11 @@ class Semigroup(SoFlow):
     lam: float = 0.8                          # share of the batch that trains the velocity
     velocity_weight: tuple = (0.5, 0.1)       # weight of the flow-matching loss at the start and at the end
 
-    def quotient(self, model, xt, t, s, l, v_cond, Ft, y, dropped, extras):
-        with torch.no_grad():
-            xl = model.solution_from(model.F(xt, t, l, y, **extras), xt, t, l)
-            Fl = model.F(xl, l, s, y, **extras)
-        return difference_quotient(model, xt, t, s, l, (xt - xl) / expand(t - l, xt), Ft, Fl), t - l
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.velocity_weight) != 2 or min(self.velocity_weight) <= 0: raise InputError(f"velocity_weight is {self.velocity_weight}, but must be two positive numbers, for the start and the end.")
 
+    def shares(self, progress): return self.velocity_weight[0]**(1 - progress) * self.velocity_weight[1]**progress, 1.0
     def fraction(self, t, progress, generator): return torch.rand(t.shape, generator=generator, device=t.device)
     def weight(self, gap, b): return (gap / b)**2
-    def shares(self, progress): return self.velocity_weight[0]**(1 - progress) * self.velocity_weight[1]**progress, 1.0
+    def advance(self, model, xt, t, s, l, v_cond, y=None, dropped=None, **extras): return model.solution_from(model.F(xt, t, l, y, **extras), xt, t, l)

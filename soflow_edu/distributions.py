@@ -10,7 +10,7 @@ from .config import InputError
 from .paths import Path, expand
 from .toys import toy
 
-# %% ../nbs/1_plane/03_distributions.ipynb #8a806892
+# %% ../nbs/1_plane/03_distributions.ipynb #a4059fc3
 class Distribution:
     """A law of data with class labels whose posterior means are closed forms.
 
@@ -18,20 +18,20 @@ class Distribution:
     All raise InputError for shapes, times or labels that do not fit."""
     def __init__(self, shape, labels): self.shape, self.labels, self.classes = tuple(shape), labels.long(), int(labels.max()) + 1
 
-    def moments(self, x, t, path: Path, y=None) -> tuple:   # (B, ...), (B, ...), (B,)
-        "E[x0 | x_t = x], E[x1 | x_t = x] and log p_t(x)."
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
+    def posterior(self, x, t, path: Path, y=None) -> tuple:   # (B, ...), (B, ...), (B,)
+        "E[x0 | x_t = x], the score of x_t at x, and log p_t(x)."
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         self.check(x, t, y)
-        rows = max(1, 2**24 // self.row_size)                # queries are taken in blocks that fit in memory
-        blocks = [self.block_moments(x[i:i + rows], t[i:i + rows], path, None if y is None else y[i:i + rows]) for i in range(0, len(x), rows)]
+        t, rows = t.expand(len(x)), max(1, 2**24 // self.row_size)             # queries are taken in blocks that fit in memory
+        blocks = [self.block_posterior(x[i:i + rows], t[i:i + rows], path, None if y is None else y[i:i + rows]) for i in range(0, len(x), rows)]
         return tuple(torch.cat(part) for part in zip(*blocks))
 
     def guided_moments(self, x, t, path: Path, y=None, w: float = 1.0) -> tuple:   # (B, ...), (B, ...)
-        "The posterior means of data and of noise; with labels, w times those of the class plus 1 - w times those of all."
-        m0, m1, _ = self.moments(x, t, path, y)
-        if y is None or w == 1: return m0, m1
-        u0, u1, _ = self.moments(x, t, path)
-        return u0 + w * (m0 - u0), u1 + w * (m1 - u1)
+        "E[x0 | x_t = x] and E[x1 | x_t = x]; with labels, w times those of the class plus 1 - w times those of all."
+        (m0, score, _), b = self.posterior(x, t, path, y), path.beta(expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x))
+        if y is None or w == 1: return m0, -b * score
+        u0, score0, _ = self.posterior(x, t, path)
+        return u0 + w * (m0 - u0), -b * (score0 + w * (score - score0))
 
     def velocity(self, x, t, path: Path, y=None, w: float = 1.0):   # (B, ...)
         "The marginal velocity alpha' m0 + beta' m1, guided by w if labels are given (method, section 4)."
@@ -39,37 +39,35 @@ class Distribution:
         t = expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x)
         return path.dalpha(t) * m0 + path.dbeta(t) * m1
 
-    def posterior_mean(self, x, t, path: Path, y=None): return self.moments(x, t, path, y)[0]   # (B, ...)
-
-    def log_density(self, x, t, path: Path, y=None): return self.moments(x, t, path, y)[2]      # (B,), natural logarithm
-
-    def score(self, x, t, path: Path, y=None):   # (B, ...)
-        "The gradient of log p_t, which is -m1 / beta."
-        return -self.moments(x, t, path, y)[1] / path.beta(expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x))
-
+    def posterior_mean(self, x, t, path: Path, y=None): return self.posterior(x, t, path, y)[0]   # (B, ...)
+    def score(self, x, t, path: Path, y=None): return self.posterior(x, t, path, y)[1]            # (B, ...), the gradient of log p_t
+    def log_density(self, x, t, path: Path, y=None): return self.posterior(x, t, path, y)[2]      # (B,), natural logarithm
     def check(self, x, t, y): check_query(self, x, t, y)
 
-# %% ../nbs/1_plane/03_distributions.ipynb #c7033c52
+# %% ../nbs/1_plane/03_distributions.ipynb #b61fbc9f
 def check_query(law: Distribution, x, t, y):
-    "Raises InputError for points of another shape, times outside [0, 1], NaN, or labels that no data have."
-    if x.shape[1:] != law.shape: raise InputError(f"Points of shape {tuple(x.shape)} were given, but this distribution lives on (B, {', '.join(map(str, law.shape))}).")
+    "Raises InputError for points of another shape or kind, NaN, times outside [0, 1] or of a wrong count, or labels that no data have."
+    if x.shape[1:] != law.shape or not len(x) or not x.is_floating_point(): raise InputError(f"Points of shape {tuple(x.shape)} and type {x.dtype} were given, but this distribution takes floating-point points of shape (B, {', '.join(map(str, law.shape))}) with B > 0.")
+    if not x.isfinite().all(): raise InputError(f"{int((~x.flatten(1).isfinite().all(1)).sum())} of {len(x)} points are NaN or infinite.")
+    if t.ndim > 1 or t.ndim == 1 and len(t) != len(x): raise InputError(f"Times of shape {tuple(t.shape)} were given for {len(x)} points. Give one number, or one for each point.")
     if not (0 <= t.min() and t.max() <= 1): raise InputError(f"Times must lie in [0, 1] (0 is data, 1 is noise), but run from {t.min():.4g} to {t.max():.4g}.")
     if y is None: return
     if y.shape != (len(x),): raise InputError(f"Labels of shape {tuple(y.shape)} were given for {len(x)} points. Give one label each.")
-    missing = sorted(set(y.unique().tolist()) - set(law.labels.unique().tolist()))
-    if missing: raise InputError(f"No data have the label {', '.join(map(str, missing))}. Labels run from 0 to {law.classes - 1}.")
+    known = law.labels.unique().tolist()
+    if missing := sorted(set(y.unique().tolist()) - set(known)): raise InputError(f"No data have the label {', '.join(map(str, missing))}. The labels are {', '.join(map(str, known))}.")
 
-# %% ../nbs/1_plane/03_distributions.ipynb #df6e498c
+# %% ../nbs/1_plane/03_distributions.ipynb #8dcbaf93
 def check_data(points, labels, weights):
     "Raises InputError for an empty set, for NaN or infinite data, or for labels and weights that do not match them."
     if not len(points): raise InputError("The set of points is empty. Give at least one point.")
     bad = ~points.flatten(1).isfinite().all(1)
     if bad.any(): raise InputError(f"{int(bad.sum())} of {len(points)} points are NaN or infinite, the first at row {int(bad.nonzero()[0])}. Remove or repair them.")
+    if labels.is_floating_point(): raise InputError(f"Labels must be whole numbers, but are {labels.dtype}.")
     for name, part in (("labels", labels), ("weights", weights)):
         if part.shape != (len(points),): raise InputError(f"The {name} have shape {tuple(part.shape)}, but there are {len(points)} points. Give one for each.")
-    if not (weights >= 0).all() or not weights.sum() > 0: raise InputError("Weights must be zero or positive, with a positive sum.")
+    if not (weights > 0).all(): raise InputError("Weights must be positive. Leave out what has no weight.")
 
-# %% ../nbs/1_plane/03_distributions.ipynb #55b37e38
+# %% ../nbs/1_plane/03_distributions.ipynb #a0e3ca3c
 class GaussianMixture(Distribution):
     "A mixture of Gaussians with diagonal covariances on (B, ...); the labels are the components unless given."
     def __init__(self, means,       # (K, ...)
@@ -77,6 +75,7 @@ class GaussianMixture(Distribution):
                  weights=None,      # (K,), equal if not given
                  labels=None):      # (K,) class of each component
         means, stds = torch.as_tensor(means), torch.as_tensor(stds)
+        if stds.shape not in ((len(means),), means.shape): raise InputError(f"Standard deviations of shape {tuple(stds.shape)} do not fit means of shape {tuple(means.shape)}. Give one for each component, or one for each coordinate.")
         weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
         labels = torch.arange(len(means)) if labels is None else torch.as_tensor(labels)
         check_data(means, labels, weights)
@@ -92,7 +91,7 @@ class GaussianMixture(Distribution):
         x = self.means[k] + self.stds[k] * torch.randn(n, self.means.shape[1], generator=generator)
         return x.view(n, *self.shape), self.labels[k]
 
-    def block_moments(self, x, t, path, y):
+    def block_posterior(self, x, t, path, y):
         means, stds, weights = (part.to(x.device, x.dtype) for part in (self.means, self.stds, self.weights))
         a, b = path.alpha(t)[:, None, None], path.beta(t)[:, None, None]                 # (B, 1, 1)
         S = a**2 * stds**2 + b**2                                                        # (B, K, D)
@@ -101,15 +100,15 @@ class GaussianMixture(Distribution):
         logits = of_class(logits, self.labels, y)
         if y is not None: logits = logits - of_class(weights.log().expand_as(logits), self.labels, y).logsumexp(1, keepdim=True)
         pi = logits.softmax(1)[..., None]
-        m0, m1 = (pi * (means + a * stds**2 / S * gap)).sum(1), (pi * b / S * gap).sum(1)
-        return m0.view_as(x), m1.view_as(x), logits.logsumexp(1)
+        m0, score = (pi * (means + a * stds**2 / S * gap)).sum(1), -(pi / S * gap).sum(1)
+        return m0.view_as(x), score.view_as(x), logits.logsumexp(1)
 
 # %% ../nbs/1_plane/03_distributions.ipynb #a54dc400
 def of_class(logits, labels, y):   # (B, K), (K,), (B,) or None
     "Logits with -inf where the component is not of the query's class."
     return logits if y is None else logits.masked_fill(labels.to(logits.device) != y[:, None], -torch.inf)
 
-# %% ../nbs/1_plane/03_distributions.ipynb #b1047a4d
+# %% ../nbs/1_plane/03_distributions.ipynb #e020193a
 class FiniteSet(Distribution):
     "Points of any shape (N, ...), each with its weight: the law that a data set itself is."
     def __init__(self, points,      # (N, ...)
@@ -128,7 +127,7 @@ class FiniteSet(Distribution):
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.points[k], self.labels[k]
 
-    def block_moments(self, x, t, path, y):
+    def block_posterior(self, x, t, path, y):
         rows, a, b = x.flatten(1).double(), path.alpha(t.double())[:, None], path.beta(t.double())[:, None]
         if not (b > 0).all(): raise InputError("The velocity of a finite set is singular at t = 0. Stop at t = 0.001 and take the posterior mean, as ExactFlow does.")
         top, total, mean = torch.full_like(a, -torch.inf), torch.zeros_like(a), torch.zeros_like(rows)
@@ -143,7 +142,7 @@ class FiniteSet(Distribution):
             total, mean, mass, top = total * old + pi.sum(1, True), mean * old + pi @ mu, mass + prior.exp().sum(1, True), highest
         m0 = mean / total
         log_density = top + total.log() - mass.log() - 0.5 * rows.shape[1] * (2 * torch.pi * b**2).log()
-        return m0.view_as(x).to(x), ((rows - a * m0) / b).view_as(x).to(x), log_density[:, 0].to(x)
+        return m0.view_as(x).to(x), ((a * m0 - rows) / b**2).view_as(x).to(x), log_density[:, 0].to(x)
 
 # %% ../nbs/1_plane/03_distributions.ipynb #473b4641
 def law_of(name: str, count: int = 2000, seed: int = 0) -> Distribution:   # count and seed: points of a finite set

@@ -19,7 +19,7 @@ def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) 
     angles = (z[:, :, None] * base * torch.arange(1, count + 1, dtype=z.dtype, device=z.device)).flatten(1)
     return torch.cat([z, angles.sin(), angles.cos()], 1)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #a4371292
+# %% ../nbs/1_plane/05_flow_matching.ipynb #bc929d29
 @register("network", "mlp")
 class MLP(nn.Module):
     "A residual network for points: features of x, t and d = t - s; hidden layers scaled by features of the times; optional classes."
@@ -29,7 +29,7 @@ class MLP(nn.Module):
                  classes: int = 0):                         # number of classes; label `classes` means none
         super().__init__()
         self.options = {"dim": dim, "width": width, "depth": depth, "x_waves": x_waves, "x_base": x_base, "t_waves": t_waves, "classes": classes}
-        times = 2 * (1 + 2 * t_waves)
+        self.classes, times = classes, 2 * (1 + 2 * t_waves)
         self.inlet = nn.Linear(dim * (1 + 2 * x_waves) + times, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.scales = nn.Linear(times, width * (depth - 1))
@@ -43,6 +43,7 @@ class MLP(nn.Module):
     def forward(self, x, t, d, y=None):   # (B, dim), (B,), (B,), (B,) -> (B, dim)
         o = self.options
         if x.shape[1:] != (o["dim"],): raise InputError(f"This network takes points of shape (B, {o['dim']}), but got {tuple(x.shape)}.")
+        if y is not None and self.labels is None: raise InputError("Labels were given, but this network has no classes. Build it with classes=..., or leave the labels out.")
         times = waves(torch.stack([t, d], 1), o["t_waves"], math.pi)
         h = self.inlet(torch.cat([waves(x, o["x_waves"], o["x_base"]), times], 1))
         if self.labels is not None: h = h + self.labels(torch.full_like(t, o["classes"], dtype=torch.long) if y is None else y)
@@ -76,10 +77,10 @@ class Loss:
     value: torch.Tensor    # the number to differentiate
     stats: dict            # honest numbers to print, detached
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #1cea1131
-def noise_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:   # the shape of x
-    "Standard normal noise."
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+# %% ../nbs/1_plane/05_flow_matching.ipynb #3e49cb63
+def noise_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:   # the shape of x
+    "Standard normal noise, drawn where the generator lives."
+    return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #7ae15f96
 def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:   # (B, ...), (B, ...) -> (B,)

@@ -36,7 +36,7 @@ class Integral:
     times: torch.Tensor    # (T, B) the time of each sample at each record
     evaluations: int       # how often the velocity was asked for
 
-# %% ../nbs/1_plane/04_odes.ipynb #b93ec6db
+# %% ../nbs/1_plane/04_odes.ipynb #ec71300e
 def integrate(field: VelocityField, x, t, s,    # x (B, ...); start t and end s in [0, 1], (B,) or numbers; either direction
               y=None,                           # (B,) class labels
               *, method: str = "dopri5",        # a key of SOLVERS
@@ -47,12 +47,12 @@ def integrate(field: VelocityField, x, t, s,    # x (B, ...); start t and end s 
     "Follows the velocity from time t to time s. Raises InputError for bad input, IntegrationError if the equation cannot be solved."
     from torchdiffeq import odeint
     if method not in SOLVERS: raise unknown("solver", method, SOLVERS)
-    if (steps is None) != (method == "dopri5"): raise InputError(f"The solver {method!r} " + ("chooses its own steps: give rtol, not steps." if steps else "needs a number of steps."))
-    if steps is not None and steps < 1: raise InputError(f"The number of steps is {steps}, but must be at least 1.")
+    if (steps is None) != (method == "dopri5"): raise InputError(f"The solver {method!r} " + ("chooses its own steps: give rtol, not steps." if steps is not None else "needs a number of steps."))
+    if steps is not None and steps < 1 or record < 2 or rtol <= 0: raise InputError(f"steps is {steps}, record is {record} and rtol is {rtol}, but steps must be at least 1, record at least 2, and rtol positive.")
     t, s = (span_times(time, x) for time in (t, s))
-    guarded = Guarded(field, t, s, y, method)
+    guarded = Guarded(field, t, s, y, method, limit=MAX_EVALUATIONS if steps is None else 4 * steps)
     grid = torch.linspace(0, 1, record if steps is None else steps + 1, dtype=x.dtype, device=x.device)
-    options = {"step_t": grid[1:]} if method == "dopri5" else None     # dopri5 must not look beyond the end, where the velocity may be singular
+    options = {"step_t": grid[-1:]} if method == "dopri5" else None     # dopri5 must not look beyond the end, where the velocity may be singular
     try: states = odeint(guarded, x, grid, method=SOLVERS[method], rtol=rtol, atol=rtol if atol is None else atol, options=options)
     except AssertionError as error: raise guarded.failure(str(error)) from None
     if not states[-1].isfinite().all(): raise guarded.failure("the result is not finite")
@@ -66,14 +66,15 @@ def span_times(t, x) -> torch.Tensor:   # (B,)
     if not ((t >= 0) & (t <= 1)).all(): raise InputError(f"Times must lie in [0, 1] (0 is data, 1 is noise), but run from {t.min():.4g} to {t.max():.4g}.")
     return t.expand(len(x))
 
-# %% ../nbs/1_plane/04_odes.ipynb #43c8d959
+# %% ../nbs/1_plane/04_odes.ipynb #44496ef9
 class Guarded:
     "The velocity in the substituted time u; counts evaluations and stops at values that are not finite or when there are too many."
-    def __init__(self, field, t, s, y, method): self.field, self.t, self.s, self.y, self.method, self.evaluations, self.u = field, t, s, y, method, 0, 0.0
+    def __init__(self, field, t, s, y, method, limit):
+        self.field, self.t, self.s, self.y, self.method, self.limit, self.evaluations, self.u = field, t, s, y, method, limit, 0, 0.0
 
     def __call__(self, u, x):
         self.evaluations, self.u = self.evaluations + 1, u
-        if self.evaluations > MAX_EVALUATIONS: raise self.failure(f"more than {MAX_EVALUATIONS:,} evaluations")
+        if self.evaluations > self.limit: raise self.failure(f"more than {self.limit:,} evaluations")
         v = self.field.velocity(x, self.t + u.clamp(0, 1) * (self.s - self.t), self.y)
         if not v.isfinite().all(): raise self.failure("the velocity is NaN or infinite")
         return expand(self.s - self.t, x) * v
@@ -83,7 +84,7 @@ class Guarded:
         return IntegrationError(f"Integrating with {self.method!r} failed after {self.evaluations:,} evaluations, between times {now.min():.4g} and {now.max():.4g}: {why}. "
                                 "The velocity may be stiff or singular there: end at a later time, use a larger rtol, or work in float64.")
 
-# %% ../nbs/1_plane/04_odes.ipynb #25c8481c
+# %% ../nbs/1_plane/04_odes.ipynb #7619a349
 class ExactFlow:
     "The flow of a distribution in closed form: its velocity, and its solution function by dopri5 in float64."
     def __init__(self, distribution: Distribution, path: Path, w: float = 1.0,   # w: guidance scale, for labelled queries
@@ -98,7 +99,9 @@ class ExactFlow:
 
     def solution(self, x, t, s, y=None):   # (B, ...), times (B,) or numbers -> (B, ...)
         "Where points at time t are at time s, to the solver's precision. Raises InputError if a time lies outside [0, 1]."
-        z, t, s = x.double(), span_times(t, x).double(), span_times(s, x).double()
+        t, s = span_times(t, x).double(), span_times(s, x).double()
+        z = x.double()
+        if ((t < self.s_min) & (s > t)).any(): raise InputError(f"The map of a finite set cannot go back from t < {self.s_min:g}, where many starts have met. Start at t >= {self.s_min:g}.")
         z = integrate(self, z, t.clamp(min=self.s_min), s.clamp(min=self.s_min), y, rtol=self.rtol).x
         return (self.finish(z, t.clamp(max=self.s_min), s, y) if self.s_min else z).to(x)
 
@@ -112,10 +115,10 @@ class ExactFlow:
         "Fresh data."
         return self.distribution.sample(n, generator)
 
-# %% ../nbs/1_plane/04_odes.ipynb #838b3cbf
+# %% ../nbs/1_plane/04_odes.ipynb #8fac8690
 class OdeFlow:
     "The flow of a learned velocity: the model's own velocity, and its solution function by dopri5."
-    def __init__(self, model: VelocityField, rtol: float = 1e-5): self.model, self.rtol = model, rtol
+    def __init__(self, model: VelocityField, rtol: float = 1e-5): self.model, self.path, self.rtol = model, getattr(model, "path", None), rtol
 
     @torch.no_grad()
     def velocity(self, x, t, y=None): return self.model.velocity(x, t, y)

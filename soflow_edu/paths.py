@@ -4,9 +4,9 @@
 __all__ = ['MIN_GAP', 'expand', 'Path', 'LinearPath', 'TrigPath', 'ordered', 'uniform', 'UniformTimes', 'logit_normal',
            'LogitNormalTimes', 'PublishedTimes', 'CornerTimes']
 
-# %% ../nbs/1_plane/01_paths.ipynb #a9d503f1
+# %% ../nbs/1_plane/01_paths.ipynb #f70531e6
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ def expand(t: torch.Tensor,   # (B,) or a scalar
     "Times with as many trailing dimensions as x has, so that they multiply it sample by sample."
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
 
-# %% ../nbs/1_plane/01_paths.ipynb #dcd193dc
+# %% ../nbs/1_plane/01_paths.ipynb #4951efb5
 class Path:
     "A noising path: alpha and beta with their derivatives, functions of t in [0, 1]."
     def interpolate(self,
@@ -30,6 +30,7 @@ class Path:
                     ) -> tuple:         # x_t (B, ...) and the conditional velocity (B, ...)
         "The sample at time t and its conditional velocity (SoFlow, section 2). Raises InputError for shapes that differ."
         if x0.shape != x1.shape: raise InputError(f"Data of shape {tuple(x0.shape)} cannot be mixed with noise of shape {tuple(x1.shape)}: the shapes must be equal.")
+        if t.ndim > 1 or t.ndim == 1 and len(t) != len(x0): raise InputError(f"Times of shape {tuple(t.shape)} were given for {len(x0)} samples. Give one for each, or a scalar.")
         t = expand(t, x0)
         return self.alpha(t) * x0 + self.beta(t) * x1, self.dalpha(t) * x0 + self.dbeta(t) * x1
 
@@ -81,7 +82,7 @@ def logit_normal(n, mean: float, std: float, generator) -> torch.Tensor:   # (n,
     "sigmoid(mean + std z) with z standard normal."
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
 
-# %% ../nbs/1_plane/01_paths.ipynb #91d22441
+# %% ../nbs/1_plane/01_paths.ipynb #7caa6893
 @register("times", "logit_normal")
 @dataclass(frozen=True)
 class LogitNormalTimes:
@@ -89,16 +90,22 @@ class LogitNormalTimes:
     velocity: tuple = (0.0, 1.0)   # times of the flow-matching loss
     t: tuple = (0.0, 1.0)          # times t of the consistency loss
     s: tuple = (-1.0, 1.0)         # times s of the consistency loss
+    def __post_init__(self):
+        for name in ("velocity", "t", "s"):
+            if len(getattr(self, name)) != 2 or getattr(self, name)[1] <= 0: raise InputError(f"{name} is {getattr(self, name)}, but must be a mean and a positive standard deviation.")
     def sample(self, n, generator):
         s, t = logit_normal(n, *self.s, generator), logit_normal(n, *self.t, generator)
         return ordered(t, s)
     def sample_t(self, n, generator): return logit_normal(n, *self.velocity, generator)
 
-# %% ../nbs/1_plane/01_paths.ipynb #5f7fdb90
+# %% ../nbs/1_plane/01_paths.ipynb #815759d8
 @register("times", "published")
 @dataclass(frozen=True)
 class PublishedTimes(LogitNormalTimes):
     "The logit-normal laws of the paper (its table of settings): variant 'imagenet' or 'cifar10'."
+    velocity: tuple = field(init=False)
+    t: tuple = field(init=False)
+    s: tuple = field(init=False)
     variant: str = "imagenet"
     LAWS: ClassVar = {"imagenet": dict(velocity=(-0.2, 1.0), s=(-1.0, 0.8), t=(0.2, 0.8)),
                       "cifar10": dict(velocity=(-0.9, 1.6), s=(-4.0, 1.6), t=(-0.9, 1.6))}
@@ -106,7 +113,7 @@ class PublishedTimes(LogitNormalTimes):
         if self.variant not in self.LAWS: raise InputError(f"Published times exist for {sorted(self.LAWS)}, not for {self.variant!r}.")
         for name, law in self.LAWS[self.variant].items(): object.__setattr__(self, name, law)
 
-# %% ../nbs/1_plane/01_paths.ipynb #84f9f746
+# %% ../nbs/1_plane/01_paths.ipynb #8d3615d7
 @register("times", "corner")
 @dataclass(frozen=True)
 class CornerTimes:
@@ -115,7 +122,7 @@ class CornerTimes:
     t1: float = 0.1
     s0: float = 0.1
     def __post_init__(self):
-        if min(self.corner, self.t1, self.s0) < 0 or self.corner + self.t1 + self.s0 > 1: raise InputError(f"The shares corner, t1 and s0 are {self.corner}, {self.t1} and {self.s0}, but must be positive with a sum of at most 1.")
+        if min(self.corner, self.t1, self.s0) < 0 or self.corner + self.t1 + self.s0 > 1: raise InputError(f"The shares corner, t1 and s0 are {self.corner}, {self.t1} and {self.s0}, but must be zero or positive, with a sum of at most 1.")
     def sample(self, n, generator):
         (t, s), k = UniformTimes().sample(n, generator), uniform(n, generator)
         t = torch.where(k < self.corner + self.t1, 1.0, t)

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['jump', 'renoise', 'sample']
 
-# %% ../nbs/1_plane/09_sampling.ipynb #a95a4fa1
+# %% ../nbs/1_plane/09_sampling.ipynb #f078d96f
 import torch
 
 from .config import InputError, find, register
+from .flow_matching import noise_like
 
 # %% ../nbs/1_plane/09_sampling.ipynb #f52305fa
 @register("sampler", "jump")
@@ -15,23 +16,22 @@ def jump(f, x, steps: int, path, generator=None):   # f(x, t, s); x (B, ...) noi
     for i in range(steps): x = f(x, 1 - i / steps, 1 - (i + 1) / steps)
     return x
 
-# %% ../nbs/1_plane/09_sampling.ipynb #b768d6c0
+# %% ../nbs/1_plane/09_sampling.ipynb #684fb149
 @register("sampler", "renoise")
 def renoise(f, x, steps: int, path, generator=None):   # f(x, t, s); x (B, ...) noise
     "N times to the data and back to t_i+1 with fresh noise (SoFlow, section 5)."
     for i in range(steps):
-        clean, now = f(x, 1 - i / steps, 0.0), torch.as_tensor(1 - (i + 1) / steps, dtype=x.dtype, device=x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if i < steps - 1 else 0
-        x = path.alpha(now) * clean + path.beta(now) * noise if i < steps - 1 else clean
+        x, now = f(x, 1 - i / steps, 0.0), torch.as_tensor(1 - (i + 1) / steps, dtype=x.dtype, device=x.device)
+        if i < steps - 1: x = path.alpha(now) * x + path.beta(now) * noise_like(x, generator)
     return x
 
-# %% ../nbs/1_plane/09_sampling.ipynb #36379607
+# %% ../nbs/1_plane/09_sampling.ipynb #7190a353
 @torch.no_grad()
 def sample(model, x1,                         # a map with .path; noise (B, ...)
            steps: int = 1, sampler: str = "renoise",   # "renoise" or "jump": the same for one step
            y=None, generator=None):           # labels (B,); random numbers of re-noising
     "Samples of a model from noise, (B, ...). Raises InputError for an unknown sampler or fewer than one step."
-    if steps < 1: raise InputError(f"The number of steps is {steps}, but must be at least 1.")
+    if not isinstance(steps, int) or steps < 1: raise InputError(f"The number of steps is {steps}, but must be a whole number of at least 1.")
     walk = find("sampler", sampler)
     f = getattr(model, "solution", model)
     return walk(lambda x, t, s: f(x, t, s, y), x1, steps, model.path, generator)

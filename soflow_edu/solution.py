@@ -34,7 +34,7 @@ class TrigCoefficients:
     def da(self, t): return torch.zeros_like(t)
     def db(self, t): return torch.full_like(t, math.pi / 2)
 
-# %% ../nbs/1_plane/06_solution.ipynb #f2cf31c2
+# %% ../nbs/1_plane/06_solution.ipynb #e5bff778
 class SolutionModel(nn.Module):
     """A learned solution function f(x, t, s) = a x + b F(x, t, t - s), and the velocity field that it implies.
 
@@ -42,6 +42,7 @@ class SolutionModel(nn.Module):
     def __init__(self, net: nn.Module, path="linear", coefficients="euler"):
         super().__init__()
         self.net, self.path, self.coefficients = net, build("path", path), build("coefficients", coefficients)
+        self.conditional = bool(getattr(net, "classes", 0))     # whether the network takes class labels
 
     def F(self, x, t, s, y=None, **extras):   # (B, ...)
         "The network's output in float32 or better; the network is given t and t - s."
@@ -94,13 +95,13 @@ def semigroup_defect(f, x, t, l, s) -> float:   # (B, ...), (B,) each, s <= l <=
     "RMS of f(f(x, t, l), l, s) - f(x, t, s)."
     return rms(f(f(x, t, l), l, s) - f(x, t, s))
 
-# %% ../nbs/1_plane/06_solution.ipynb #d6ab3f9b
+# %% ../nbs/1_plane/06_solution.ipynb #97e4a234
 @torch.no_grad()
 def difference(f, u, low, high, h: float):   # f of times (B,); u, low, high (B,)
     "The derivative of f at u by a difference over 2h that keeps inside [low, high]."
     after, before = torch.minimum(u + h, high), torch.maximum(u - h, low)
     first = f(after)
-    return (first - f(before)) / expand(after - before, first)
+    return (first - f(before)) / expand((after - before).clamp(min=1e-12), first)      # no width, no change: zero
 
 # %% ../nbs/1_plane/06_solution.ipynb #bb32e6ce
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Toy', 'toy', 'points', 'mixture', 'eight_gaussians', 'two_gaussians', 'grid_gaussians', 'seed_of', 'shuffled',
-           'two_moons', 'circles', 'swiss_roll', 'checkerboard', 'pinwheel', 'spirals', 'outline', 'draw_word', 'word',
-           'plot_points']
+           'two_moons', 'circles', 'swiss_roll', 'checkerboard', 'pinwheel', 'spirals', 'outline', 'inside',
+           'draw_word', 'word', 'plot_points']
 
 # %% ../nbs/1_plane/02_toys.ipynb #85db8944
 import math
@@ -118,10 +118,10 @@ def pinwheel(n, generator):
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
     return 1.3 * (turn @ radial[:, :, None])[:, :, 0], blade
 
-# %% ../nbs/1_plane/02_toys.ipynb #ebfc9242
+# %% ../nbs/1_plane/02_toys.ipynb #018564cf
 @points("spirals", classes=2)
 def spirals(n, generator):
-    "Two spiral arms of one and a half turns, with equal numbers of points per length of radius."
+    "Two spiral arms of about 1.4 turns, with about equal numbers of points per length of arc."
     arm = torch.randint(2, (n,), generator=generator)
     radius = 0.2 + 1.9 * torch.rand(n, generator=generator).sqrt()
     angle = 1.5 * math.pi * radius + math.pi * arm
@@ -142,16 +142,22 @@ def outline(word: str) -> list:   # one matplotlib path a letter
         letters.append(shape.transformed(place))
     return letters
 
-# %% ../nbs/1_plane/02_toys.ipynb #1d66b77b
+# %% ../nbs/1_plane/02_toys.ipynb #9551227e
+def inside(letter, x: torch.Tensor) -> torch.Tensor:   # a matplotlib path, (n, 2) -> (n,) bool
+    "Whether points lie in the ink of a letter: within an odd number of its closed curves."
+    from matplotlib.path import Path
+    return sum(torch.as_tensor(Path(curve).contains_points(x.numpy())).int() for curve in letter.to_polygons()) % 2 == 1
+
+# %% ../nbs/1_plane/02_toys.ipynb #d8f79789
 def draw_word(word: str, n: int, generator: torch.Generator) -> tuple:   # points (n, 2), letter (n,)
-    "Points uniform inside the letters of a word."
+    "Points uniform inside the letters of a word; the holes of letters stay empty."
     letters, found, total = outline(word), [], 0
     low, high = (torch.tensor([edge(l.vertices[:, i]) for l in letters for i in (0, 1)]).view(-1, 2) for edge in (min, max))
     low, high = low.min(0).values, high.max(0).values
     while total < n:
         x = low + (high - low) * torch.rand(4 * n, 2, generator=generator)
-        inside = torch.stack([torch.as_tensor(letter.contains_points(x.numpy())) for letter in letters])
-        found.append((x[inside.any(0)], inside.int().argmax(0)[inside.any(0)]))
+        within = torch.stack([inside(letter, x) for letter in letters])
+        found.append((x[within.any(0)], within.int().argmax(0)[within.any(0)]))
         total += len(found[-1][0])
     x, y = (torch.cat(part) for part in zip(*found))
     return x[:n].float(), y[:n]
@@ -162,14 +168,14 @@ def word(n, generator):
     "The word SoFlow."
     return draw_word("SoFlow", n, generator)
 
-# %% ../nbs/1_plane/02_toys.ipynb #c2ab5186
+# %% ../nbs/1_plane/02_toys.ipynb #664803c9
 def plot_points(ax,              # matplotlib axes
                 x,               # (n, 2)
                 y=None,          # (n,) labels, shown as colours and markers
                 limit: float = 3.0, size: float = 3.0, title: str = "", **style):
     "Points in the plane, in a square frame; labels are told apart by colour and by marker."
-    x, colours = torch.as_tensor(x).detach().cpu(), list(COLOURS.values())[:7]
+    x, colours = torch.as_tensor(x).detach().cpu(), list(COLOURS.values())
     label = torch.zeros(len(x)) if y is None else torch.as_tensor(y).cpu()
     for k in label.unique().int().tolist():
-        ax.scatter(*x[label == k].T, s=size, linewidths=0, **{"color": colours[k % 7], "marker": MARKERS[k % 8], "alpha": 0.7} | style)
+        ax.scatter(*x[label == k].T, s=size, linewidths=0, **{"color": colours[k % 8], "marker": MARKERS[k % 8], "alpha": 0.7} | style)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)

@@ -1,23 +1,21 @@
 "What crosses chapters: the map reaches the truth from samples alone, and the same verbs carry pictures."
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from soflow_edu.comparing import compare
-from soflow_edu.config import InputError, build, load_config, make_config, register
+from soflow_edu.config import InputError, build, load_config, make_config, register, replacing
 from soflow_edu.distributions import FiniteSet, law_of
-from soflow_edu.odes import ExactFlow, OdeFlow
+from soflow_edu.flow_matching import Batch
+from soflow_edu.odes import ExactFlow, OdeFlow, integrate
 from soflow_edu.paths import LinearPath, TrigPath
 from soflow_edu.sampling import sample
 from soflow_edu.solution import SolutionModel, rms, semigroup_defect
-from soflow_edu.training import assemble, load_run, resume_run, save_run, train, trained
-
-HERE = Path(__file__).parent
-
+from soflow_edu.training import assemble, load_run, read_tensors, resume_run, save_run, train, trained
 
 class SamplesOnly:
     "Hides everything of a law but its samples."
@@ -69,7 +67,7 @@ class PictureNetwork(nn.Module):
 
     def __init__(self, channels: int = 3, width: int = 16, classes: int = 4):
         super().__init__()
-        self.options = {"channels": channels, "width": width, "classes": classes}
+        self.options, self.classes = {"channels": channels, "width": width, "classes": classes}, classes
         self.inlet, self.outlet = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, channels, 3, padding=1)
         self.times, self.labels = nn.Linear(2, width), nn.Embedding(classes + 1, width)
 
@@ -83,13 +81,33 @@ class PictureNetwork(nn.Module):
 
 
 @pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup"])
+def test_extra_inputs_reach_every_call_of_the_network(objective):
+    "A network that fails without its extra input, of the right rows, trains with each target."
+    class Extra(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(5, 2)
+
+        def forward(self, x, t, d, y=None, *, angle):
+            assert angle.shape == t.shape and torch.equal(angle.round(), angle)
+            return self.net(torch.cat([x, t[:, None], d[:, None], angle[:, None]], 1))
+
+    model, g = SolutionModel(Extra()), torch.Generator().manual_seed(0)
+    batch = Batch(torch.randn(20, 2, generator=g), extras={"angle": torch.arange(20.0)})
+    for target in ("conditional", "own"):
+        made = build("objective", objective) if objective == "flow_matching" else build("objective", objective, target=target, lam=0.4)
+        loss = made.loss(model, batch, made.draw(batch, 0.5, g), 0.5)
+        loss.value.backward()
+        assert loss.value.isfinite() and model.net.net.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup"])
 def test_pictures_pass_through_all_verbs_unchanged(tmp_path, objective):
     pictures = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = FiniteSet(pictures, torch.arange(40) % 4)
     config = make_config({"steps": 60, "batch": 32, "network": "picture", "objective": objective})
     step = run_to_end(config, data, out=tmp_path / "run")
-    first = step.run.log[0]["velocity_mse"]
-    assert step.run.log[-1]["velocity_mse"] < first
+    assert step.run.log[-1]["velocity_mse"] < step.run.log[0]["velocity_mse"]
     run = load_run(tmp_path / "run")
     x1, y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(run.model(x1, 1.0, 0.0, y), trained(step.run)(x1, 1.0, 0.0, y))
@@ -101,8 +119,24 @@ def test_pictures_pass_through_all_verbs_unchanged(tmp_path, objective):
         assert len(report.figure().axes) >= 3
 
 
-def test_resume_is_exact_to_the_bit(tmp_path):
-    config = make_config({"steps": 40, "batch": 32, "checkpoint_every": 15, "objective": "soflow", "network": {"name": "mlp", "width": 16}})
+@register("network", "dropout")
+class DropoutNetwork(nn.Module):
+    "A network that uses torch's global random numbers."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(0.3), nn.Linear(16, 2))
+
+    def spec(self):
+        return {"name": "dropout"}
+
+    def forward(self, x, t, d, y=None):
+        return self.net(torch.cat([x, t[:, None], d[:, None]], 1))
+
+
+@pytest.mark.parametrize("network", ["dropout", {"name": "mlp", "width": 16, "classes": 5}], ids=["dropout", "labels"])
+def test_resume_is_exact_to_the_bit(tmp_path, network):
+    config = make_config({"steps": 40, "batch": 32, "checkpoint_every": 15, "objective": "soflow", "network": network, "device": "cpu"})
     law = law_of("pinwheel", 200)
     whole = run_to_end(config, law, out=tmp_path / "whole")
     model, objective = assemble(config)
@@ -116,35 +150,60 @@ def test_resume_is_exact_to_the_bit(tmp_path):
         pass
     for name, value in whole.run.model.state_dict().items():
         assert torch.equal(value, again.run.model.state_dict()[name]) and torch.equal(whole.ema[name], again.ema[name])
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        a, b = (read_tensors(tmp_path / folder / name)[0] for folder in ("whole", "cut"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    strip = lambda log: [{key: value for key, value in row.items() if key != "seconds"} for row in log]
+    assert strip(whole.run.log) == strip(again.run.log)
+
+
+def test_a_run_is_resumed_only_as_itself(tmp_path):
+    config = make_config({"steps": 4, "batch": 8, "network": {"name": "mlp", "width": 16}, "objective": "flow_matching", "checkpoint_every": 2})
+    model, objective = assemble(config)
+    law = law_of("two_gaussians")
+    for step in train(model, objective, law, config, out=tmp_path / "run"):
+        if step.number == 2:
+            break
+    run = resume_run(tmp_path / "run")
+    for arguments, hint in (((model, objective), "its own model"), ((run.model, build("objective", "soflow")), "same one")):
+        with pytest.raises(InputError, match=hint):
+            next(train(*arguments, law, config, resume=run))
+    (tmp_path / "run/checkpoint.safetensors").unlink()
+    load_run(tmp_path / "run")
+    with pytest.raises(InputError, match="not trained further"):
+        resume_run(tmp_path / "run")
 
 
 def test_a_budget_becomes_a_number_of_steps_that_repeats(tmp_path):
     law = law_of("two_gaussians")
-    config = make_config({"seconds": 1.0, "batch": 64, "network": {"name": "mlp", "width": 16}, "objective": "flow_matching"})
+    config = make_config({"seconds": 1.5, "batch": 64, "network": "dropout", "objective": "flow_matching", "device": "cpu"})
     budget = run_to_end(config, law)
     again = run_to_end(replace(config, seconds=None, steps=budget.steps), law)
     assert all(torch.equal(budget.ema[name], again.ema[name]) for name in again.ema)
 
 
 def damage(folder, how):
+    model = folder / "model.safetensors"
     if how == "missing":
-        (folder / "model.safetensors").unlink()
+        model.unlink()
     elif how == "cut":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+        model.write_bytes(model.read_bytes()[:500])
     elif how == "foreign":
-        (folder / "run.json").write_text(json.dumps({"hello": 1}))
-    elif how == "not json":
-        (folder / "run.json").write_text("{")
-    elif how == "misspelt key":
-        (folder / "config.yaml").write_text("lerning_rate: 1.0\n")
-    elif how == "other network":
-        about = json.loads((folder / "run.json").read_text())
-        about["model"]["network"]["width"] = 8
-        (folder / "run.json").write_text(json.dumps(about))
+        save_file({"weight": torch.zeros(3)}, model)
+    elif how == "text":
+        model.write_text("weights")
+    else:
+        tensors, about = read_tensors(model)
+        if how == "misspelt key":
+            about["config"] += "lerning_rate: 1.0\n"
+        elif how == "other network":
+            about["model"]["network"]["width"] = 8
+        elif how == "missing tensor":
+            del tensors["net.inlet.bias"]
+        save_file(tensors, model, {"about": json.dumps(about)})
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "foreign", "not json", "misspelt key", "other network"])
+@pytest.mark.parametrize("how", ["missing", "cut", "foreign", "text", "misspelt key", "other network", "missing tensor"])
 def test_damaged_runs_are_refused_in_words(tmp_path, how):
     config = make_config({"steps": 2, "batch": 8, "network": {"name": "mlp", "width": 16}, "objective": "flow_matching"})
     run_to_end(config, law_of("two_gaussians"), out=tmp_path / "run")
@@ -155,16 +214,51 @@ def test_damaged_runs_are_refused_in_words(tmp_path, how):
     assert len(str(error.value)) > 40
 
 
-def test_saving_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", ["checkpoint.safetensors", "model.safetensors", "run.json", "log.csv"])
+def test_a_run_that_dies_while_saving_can_be_resumed(tmp_path, monkeypatch, broken):
+    "The write of one file fails, as on a full disk; the folder still holds a checkpoint to go on from, and nothing half written."
+    config = make_config({"steps": 20, "batch": 8, "network": {"name": "mlp", "width": 16}, "objective": "flow_matching", "checkpoint_every": 10})
+    model, objective = assemble(config)
+    law = law_of("two_gaussians")
+    whole = replacing
+
+    def full(path):
+        if path.name == broken and resume_run(tmp_path / "run").step == (10 if broken == "checkpoint.safetensors" else 20):
+            raise OSError(28, "No space left on device")
+        return whole(path)
+
+    steps = train(model, objective, law, config, out=tmp_path / "run")
+    for _ in range(10):
+        next(steps)
+    monkeypatch.setattr("soflow_edu.training.replacing", full)
+    with pytest.raises(OSError):
+        for _ in steps:
+            pass
+    assert resume_run(tmp_path / "run").step == (10 if broken == "checkpoint.safetensors" else 20)
+    load_run(tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     config = make_config({"steps": 2, "batch": 8, "network": {"name": "mlp", "width": 16}, "objective": "flow_matching"})
     step = run_to_end(config, law_of("two_gaussians"), out=tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    monkeypatch.setattr("soflow_edu.training.to_csv", lambda rows: (_ for _ in ()).throw(OSError("No space left on device")))
-    step.run.ema = {name: value + 1 for name, value in step.run.ema.items()}
-    with pytest.raises(OSError):
+    step.ema["net.inlet.bias"][0] = torch.nan
+    with pytest.raises(InputError, match="nothing was saved"):
         save_run(tmp_path / "run", step.run)
-    after = {path.name for path in (tmp_path / "run").iterdir()}
-    assert after == set(before)
+    assert load_run(tmp_path / "run").ema["net.inlet.bias"].isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_on_a_gpu(tmp_path):
+    law = law_of("eight_gaussians")
+    config = replace(load_config("plane"), steps=2000, seconds=None, device="cuda")
+    step = run_to_end(config, SamplesOnly(law), out=tmp_path / "run")
+    model = load_run(tmp_path / "run").model
+    report = compare(model, ExactFlow(law, LinearPath()))
+    assert next(model.parameters()).is_cuda and report.values["relative_rmse"] < 0.15 and report.figure()
+    assert compare(model, OdeFlow(model), torch.randn(64, 2), metrics="one_step").values["relative_rmse"] < 0.2
+    again = run_to_end(config, SamplesOnly(law))
+    assert all(torch.allclose(step.ema[name], again.ema[name], rtol=1e-2, atol=1e-3) for name in step.ema)
 
 
 def test_exact_map_keeps_the_semigroup_in_many_dimensions():
@@ -193,6 +287,13 @@ BAD = [
     (lambda: SolutionModel(build("network", "mlp"))(torch.zeros(2, 3), 1.0, 0.5), "(2, 3)"),
     (lambda: FiniteSet(torch.empty(0, 2)), "empty"),
     (lambda: FiniteSet(torch.full((3, 2), torch.nan)), "NaN"),
+    (lambda: build("target", "exact"), "flow"),
+    (lambda: build("objective", {"name": "semigroup", "velocity_weight": [1.0]}), "two positive numbers"),
+    (lambda: build("times", {"name": "corner", "t1": 0.9, "s0": 0.9}), "sum of at most 1"),
+    (lambda: compare(SolutionModel(build("network", "mlp")), ExactFlow(law_of("two_moons", 50), LinearPath()), metrics=("one_stp",)), "one_step"),
+    (lambda: build("network", "mlp")(torch.zeros(2, 2), torch.ones(2), torch.ones(2), torch.zeros(2).long()), "classes"),
+    (lambda: integrate(SolutionModel(build("network", "mlp")), torch.zeros(2, 2), 1.0, 0.0, method="rk45"), "rk4"),
+    (lambda: ExactFlow(law_of("two_moons", 50), LinearPath()).solution(torch.zeros(2, 2), 0.0, 1.0), "cannot go back"),
     (lambda: LinearPath().interpolate(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3)), "(4, 2)"),
 ]
 
