@@ -16,7 +16,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python nbs/book.py check
 	$(BIN)/ruff check nbs soflow_edu tests setup.py
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=nbs nbs/0_start/0_start.ipynb

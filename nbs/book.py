@@ -70,8 +70,8 @@ def imported(source: str) -> set:
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     found = set()
     for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("soflow_edu."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("soflow_edu.")):
+            found.add(node.module.removeprefix("soflow_edu."))
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("soflow_edu.")}
     return found

@@ -84,9 +84,9 @@ def properties(c: Comparison, most: int = 512) -> dict:
     return {"semigroup_defect": semigroup_defect(c.f, x, t, torch.minimum(torch.maximum(l, s), t), s),
             "ode_residual": ode_residual(c.f, lambda x, t: c.flow.velocity(x, t, y), x, t, s)}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #0161bd94
+# %% ../nbs/1_plane/07_comparing.ipynb #ff458183
 @register("metric", "triangle")
-def triangle(c: Comparison, most: int = 512, count: int = 9) -> dict:
+def triangle(c: Comparison, most: int = 256, count: int = 9) -> dict:
     "RMS error of f(x_t, t, s) on a grid of times, with x_t on exact trajectories: triangle[i][j] for t = i / (count - 1), s = j / (count - 1)."
     times = torch.linspace(0, 1, count, dtype=torch.float64)
     states = {count - 1: c.x1[:most]}
@@ -215,7 +215,7 @@ def panel_triangle(report, ax, title: str):
     ax.grid(False)
     ax.set(xlabel="from t", ylabel="to s", title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #db1195f8
+# %% ../nbs/1_plane/07_comparing.ipynb #50e931c7
 def panel_evaluations(report, ax, title: str):
     "Error against cost, per point where there is a pairing, else as a law."
     rows, key = report.results["evaluations"], "relative_rmse"
@@ -225,9 +225,8 @@ def panel_evaluations(report, ax, title: str):
         style = {"color": COLOURS["black"], "marker": "*", "markersize": 9} if "map" in method else {}
         if method != "map, renoise": ax.loglog(*zip(*points), label=method, linestyle="--" if "exact" in method else "-", **style)
     ax.set(xlabel="evaluations", ylabel="relative RMS error", title=title)
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-# %% ../nbs/1_plane/07_comparing.ipynb #7314c7a6
+# %% ../nbs/1_plane/07_comparing.ipynb #17f31226
 def panel_law(report, ax, title: str):
     "W2 of the two samplers in one to eight steps beside the sampling floor; differences within its band mean nothing."
     rows = report.results["evaluations"]
@@ -240,7 +239,7 @@ def panel_law(report, ax, title: str):
     for axis, ticks in ((ax.xaxis, (1, 2, 4, 8, 16)), (ax.yaxis, (0.2, 0.3, 0.5, 1, 2))):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(fontsize=7, loc="upper right")
 
 # %% ../nbs/1_plane/07_comparing.ipynb #56e9d176
 def panel_trajectories(report, ax, title: str):
@@ -262,14 +261,14 @@ def panel_pictures(report, ax, title: str, count: int = 8):
     ax.imshow(both.permute(1, 2, 0) if len(both) == 3 else both[0], cmap="gray")
     ax.set(xticks=[], yticks=[], title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #97d7d320
+# %% ../nbs/1_plane/07_comparing.ipynb #83ee03af
 def draw(report: Report):
     "The figure of a report: panels for points in the plane or for pictures, then the panels that fit both."
     c, r = report.comparison, report.results
     plane = c.x1.shape[1:] == (2,)
     panels = [(panel_samples, "truth", "exact map"), (panel_samples, "one_step", "learned map, one step"), (panel_error, "error of the one-step map")] if plane else []
     if c.x1.ndim == 4: panels.append((panel_pictures, "exact ends (above), one step (below)"))
-    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories (grey exact, red learned)"))
+    if "trajectories" in r and plane: panels.append((panel_trajectories, "trajectories (red: learned)"))
     if "triangle" in r: panels.append((panel_triangle, "error of each jump"))
     if "evaluations" in r: panels.append((panel_evaluations, "error against cost"))
     if "evaluations" in r and r["evaluations"][0]["w2"] is not None: panels.append((panel_law, "law of the samples"))
@@ -279,4 +278,6 @@ def draw(report: Report):
     axes = list(axes.flat) if hasattr(axes, "flat") else [axes]
     for (panel, *words), ax in zip(panels, axes): panel(report, ax, *words)
     for ax in axes[len(panels):]: ax.set_axis_off()
+    key = next((ax for (panel, *_), ax in zip(panels, axes) if panel is panel_evaluations), None)
+    if key: axes[min(len(panels), len(axes) - 1)].legend(*key.get_legend_handles_labels(), title="error against cost", loc="center left", fontsize=8)   # in a free place, or the last panel
     return figure

@@ -5,12 +5,12 @@ __all__ = ['CATALOGUE', 'RANGES', 'DECAYS', 'COLOURS', 'MARKERS', 'InputError', 
            'describe', 'Config', 'check_config', 'read_yaml', 'read_text', 'make_config', 'to_yaml', 'load_config',
            'replacing', 'fresh_folder', 'data_root', 'choose_device', 'canvas', 'show']
 
-# %% ../nbs/0_start/01_config.ipynb #f065eda0
+# %% ../nbs/0_start/01_config.ipynb #bf1ab41c
 import difflib
 import os
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -102,7 +102,7 @@ def describe(component) -> dict:   # {"name": ..., option: value}, plain enough 
     plain = lambda value: describe(value) if is_dataclass(value) or hasattr(value, "spec") else list(value) if isinstance(value, tuple) else value
     return {"name": component.registered_name} | {f.name: plain(getattr(component, f.name)) for f in fields(component) if f.init}
 
-# %% ../nbs/0_start/01_config.ipynb #6f2c707b
+# %% ../nbs/0_start/01_config.ipynb #82f21b83
 @dataclass
 class Config:
     "Everything that a run needs to be repeated. Raises InputError for a value of the wrong type or range."
@@ -122,7 +122,7 @@ class Config:
     clip: float | None = None               # largest gradient norm, if any
     ema: float = 0.999                      # decay of the exponential moving average of the weights
     seed: int = 0                           # all random numbers follow from it
-    device: str = "auto"                    # "auto", "cpu", "cuda", "mps"
+    device: str = "cpu"                     # "cpu" suits the plane; "auto" takes a GPU where there is one; "cuda", "mps"
     checkpoint_every: int | None = None     # steps between two checkpoints; the last step always has one
 
     def __post_init__(self): check_config(self)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['waves', 'MLP', 'Batch', 'Draws', 'Loss', 'noise_like', 'mse', 'adaptive_weight', 'FlowMatching']
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #837647b0
+# %% ../nbs/1_plane/05_flow_matching.ipynb #f1128874
 import math
 from dataclasses import dataclass, field
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .config import InputError, build, register
-from .paths import expand
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #6cd5bb11
 def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) -> (B, D + 2 D count)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -87,9 +88,17 @@ def test_readme_is_made_from_the_index(tmp_path, monkeypatch):
         assert picture.read_bytes() == (ROOT / "nbs/pictures" / picture.name).read_bytes()
 
 
-def test_digest_sees_a_change(tmp_path):
-    notebook = book.read(CHAPTERS[2])
+def test_digest_sees_a_change(tmp_path, monkeypatch):
+    "In a cell, in a module that is imported, and in a module that such a module imports."
+    notebook = book.read(next(path for path in CHAPTERS if path.stem == "07_comparing"))
     before = book.digest(notebook)
+    for name in ("solution", "config"):
+        shutil.copytree(book.PACKAGE, tmp_path / name)
+        with open(tmp_path / name / f"{name}.py", "a") as module:
+            module.write("\nextra = 1\n")
+        monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
+        assert book.digest(notebook) != before
+    monkeypatch.undo()
     book.code_cells(notebook)[-1].source += "\n1 + 1"
     assert book.digest(notebook) != before
 

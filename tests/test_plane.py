@@ -9,7 +9,7 @@ from torch import nn
 
 from soflow_edu.comparing import compare
 from soflow_edu.config import InputError, build, load_config, make_config, register, replacing
-from soflow_edu.distributions import FiniteSet, law_of
+from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.flow_matching import Batch
 from soflow_edu.odes import ExactFlow, OdeFlow, integrate
 from soflow_edu.paths import LinearPath, TrigPath
@@ -44,11 +44,11 @@ def test_one_step_map_reaches_the_truth_from_samples_only(seed):
 @pytest.mark.parametrize("name", ["two_gaussians", "grid_gaussians", "two_moons", "word"])
 def test_same_recipe_on_other_data(name):
     law = law_of(name)
-    step = run_to_end(replace(load_config("plane"), data=name, steps=800, seconds=None), SamplesOnly(law))
+    step = run_to_end(replace(load_config("plane"), data=name, steps=800, seconds=None, warmup=50), SamplesOnly(law))
     x1 = torch.randn(128, 2, generator=torch.Generator().manual_seed(5))
     report = compare(trained(step.run), ExactFlow(law, LinearPath()), x1, metrics=("one_step",))
     untrained = rms(x1 - report.comparison.truth) / rms(report.comparison.truth)
-    assert report.values["relative_rmse"] < 0.45 * untrained
+    assert report.values["relative_rmse"] < 0.6 * untrained
 
 
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
@@ -105,9 +105,9 @@ def test_extra_inputs_reach_every_call_of_the_network(objective):
 def test_pictures_pass_through_all_verbs_unchanged(tmp_path, objective):
     pictures = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = FiniteSet(pictures, torch.arange(40) % 4)
-    config = make_config({"steps": 60, "batch": 32, "network": "picture", "objective": objective})
+    config = make_config({"steps": 200, "batch": 32, "network": "picture", "objective": objective, "learning_rate": 1e-2})
     step = run_to_end(config, data, out=tmp_path / "run")
-    assert step.run.log[-1]["velocity_mse"] < step.run.log[0]["velocity_mse"]
+    assert step.run.log[-1]["velocity_mse"] < 0.98 * step.run.log[0]["velocity_mse"]
     run = load_run(tmp_path / "run")
     x1, y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(run.model(x1, 1.0, 0.0, y), trained(step.run)(x1, 1.0, 0.0, y))
@@ -259,6 +259,26 @@ def test_the_same_on_a_gpu(tmp_path):
     assert compare(model, OdeFlow(model), torch.randn(64, 2), metrics="one_step").values["relative_rmse"] < 0.2
     again = run_to_end(config, SamplesOnly(law))
     assert all(torch.allclose(step.ema[name], again.ema[name], rtol=1e-2, atol=1e-3) for name in step.ema)
+
+
+def test_the_network_is_given_t_and_t_minus_s():
+    class Probe(nn.Module):
+        def forward(self, x, t, d, y=None):
+            self.seen = t, d
+            return x
+
+    probe = Probe()
+    SolutionModel(probe)(torch.zeros(2, 2), torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.4]))
+    torch.testing.assert_close(torch.stack(probe.seen), torch.tensor([[0.9, 0.5], [0.7, 0.1]]))
+
+
+def test_renoising_keeps_the_law_of_the_exact_map():
+    "For one Gaussian every number of steps gives its mean and its spread, on both paths."
+    law = GaussianMixture(torch.tensor([[2.0, -1.0]]), torch.tensor([0.3]))
+    for path in (LinearPath(), TrigPath()):
+        x0 = sample(ExactFlow(law, path), torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)), 3, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(x0.mean(0), law.means[0], atol=0.02, rtol=0)
+        torch.testing.assert_close(x0.std(0), law.stds[0], atol=0.01, rtol=0)
 
 
 def test_exact_map_keeps_the_semigroup_in_many_dimensions():
