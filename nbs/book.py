@@ -54,7 +54,7 @@ def differences() -> list:
     "Names of modules that are not what the notebooks export, found by exporting a copy."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
+        shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__", "kernel-*"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "soflow_edu").mkdir()
         for name in WRITTEN_BY_HAND:
@@ -151,6 +151,8 @@ PICTURES = ROOT / "nbs" / "pictures"
 def readme() -> str:
     "The text of README.md: the prose of nbs/index.ipynb with the outputs of its cells; writes the pictures to nbs/pictures/."
     parts = []
+    for old in PICTURES.glob("*.png"):
+        old.unlink()
     for number, cell in enumerate(read(NOTEBOOKS / "index.ipynb").cells):
         if cell.cell_type == "markdown":
             parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", cell.source))

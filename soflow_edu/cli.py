@@ -80,9 +80,10 @@ def version():
     from importlib.metadata import version as installed
     print(installed("soflow_edu"))
 
-# %% ../nbs/4_practice/01_command_line.ipynb #78e524dd
+# %% ../nbs/4_practice/01_command_line.ipynb #1c35ff3d
 COMMANDS = {"demo": demo, "version": version}
 
+# %% ../nbs/4_practice/01_command_line.ipynb #e8598f52
 def main(arguments: list | None = None):   # those of the process if not given
     "The program `soflow`. Leaves with status 2 on bad input."
     import tyro

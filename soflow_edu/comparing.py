@@ -122,9 +122,10 @@ def evaluations(c: Comparison, most: int = 1024) -> dict:
             for setting in settings: add(f"{method}, {kind} velocity", *solve(field, x1, y, method, setting))
     return {"evaluations": rows, "evaluations_points": n, "evaluations_floor": floor}
 
-# %% ../nbs/1_plane/07_comparing.ipynb #bb297280
+# %% ../nbs/1_plane/07_comparing.ipynb #6083861f
 SOLVER_LADDER = {"euler": (1, 4, 16, 64), "heun": (2, 8, 32), "dopri5": (1e-2, 1e-4)}   # steps, or rtol for dopri5
 
+# %% ../nbs/1_plane/07_comparing.ipynb #789f4cbd
 @torch.no_grad()
 def solve(field, x1, y, method, setting) -> tuple:   # evaluations, (B, ...)
     "One ODE solution from noise to data, ending where the field is still regular."
@@ -157,9 +158,10 @@ class Report:
         "All panels for which there are results."
         return draw(self)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #2c1f2448
+# %% ../nbs/1_plane/07_comparing.ipynb #476ff590
 METRICS = ("one_step", "transport", "properties", "triangle", "evaluations", "trajectories")
 
+# %% ../nbs/1_plane/07_comparing.ipynb #ca6b5bb4
 def compare(model, flow,           # a map f(x, t, s, y) that is also a velocity field; ExactFlow or OdeFlow
             x1=None, y=None,       # noise (B, ...) and labels (B,); 4,096 fresh noises, or 512 for a finite set, if not given
             *, metrics=METRICS, seed: int = 0) -> Report:
@@ -226,7 +228,7 @@ def panel_evaluations(report, ax, title: str):
         if method != "map, renoise": ax.loglog(*zip(*points), label=method, linestyle="--" if "exact" in method else "-", **style)
     ax.set(xlabel="evaluations", ylabel="relative RMS error", title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #17f31226
+# %% ../nbs/1_plane/07_comparing.ipynb #83eb6745
 def panel_law(report, ax, title: str):
     "W2 of the two samplers in one to eight steps beside the sampling floor; differences within its band mean nothing."
     rows = report.results["evaluations"]
@@ -239,7 +241,7 @@ def panel_law(report, ax, title: str):
     for axis, ticks in ((ax.xaxis, (1, 2, 4, 8, 16)), (ax.yaxis, (0.2, 0.3, 0.5, 1, 2))):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    ax.legend(fontsize=7, loc="upper right")
+    ax.legend(fontsize=7, loc="best")
 
 # %% ../nbs/1_plane/07_comparing.ipynb #56e9d176
 def panel_trajectories(report, ax, title: str):
@@ -261,7 +263,7 @@ def panel_pictures(report, ax, title: str, count: int = 8):
     ax.imshow(both.permute(1, 2, 0) if len(both) == 3 else both[0], cmap="gray")
     ax.set(xticks=[], yticks=[], title=title)
 
-# %% ../nbs/1_plane/07_comparing.ipynb #83ee03af
+# %% ../nbs/1_plane/07_comparing.ipynb #69b5f948
 def draw(report: Report):
     "The figure of a report: panels for points in the plane or for pictures, then the panels that fit both."
     c, r = report.comparison, report.results
@@ -273,11 +275,13 @@ def draw(report: Report):
     if "evaluations" in r: panels.append((panel_evaluations, "error against cost"))
     if "evaluations" in r and r["evaluations"][0]["w2"] is not None: panels.append((panel_law, "law of the samples"))
     if not panels: raise InputError("There is nothing to draw. Ask compare for more metrics, or give points in the plane or pictures.")
-    columns = min(4, len(panels))
-    figure, axes = canvas(columns, -(-len(panels) // columns), width=3.3, height=3.1)
+    places = len(panels) + ("evaluations" in r)                           # the key to the methods has a place of its own
+    columns = min(4, places)
+    figure, axes = canvas(columns, -(-places // columns), width=3.3, height=3.1)
     axes = list(axes.flat) if hasattr(axes, "flat") else [axes]
     for (panel, *words), ax in zip(panels, axes): panel(report, ax, *words)
     for ax in axes[len(panels):]: ax.set_axis_off()
-    key = next((ax for (panel, *_), ax in zip(panels, axes) if panel is panel_evaluations), None)
-    if key: axes[min(len(panels), len(axes) - 1)].legend(*key.get_legend_handles_labels(), title="error against cost", loc="center left", fontsize=8)   # in a free place, or the last panel
+    if "evaluations" in r:
+        methods = axes[[panel for panel, *_ in panels].index(panel_evaluations)]
+        axes[len(panels)].legend(*methods.get_legend_handles_labels(), title="error against cost", loc="center left", fontsize=8)
     return figure

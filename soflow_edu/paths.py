@@ -54,9 +54,10 @@ class TrigPath(Path):
     def dalpha(self, t): return -math.pi / 2 * torch.sin(math.pi / 2 * t)
     def dbeta(self, t): return math.pi / 2 * torch.cos(math.pi / 2 * t)
 
-# %% ../nbs/1_plane/01_paths.ipynb #83cf3b6b
+# %% ../nbs/1_plane/01_paths.ipynb #e388e85a
 MIN_GAP = 1e-4   # smallest t - s (method: t = max(t, 1e-4), s = min(s, t - 1e-4))
 
+# %% ../nbs/1_plane/01_paths.ipynb #1f5e2685
 def ordered(t: torch.Tensor, s: torch.Tensor) -> tuple:   # (n,) each
     "The pair with t >= 1e-4 and s <= t - 1e-4, as the paper clamps it."
     t = t.clamp(min=MIN_GAP)

@@ -49,7 +49,7 @@ def test_form(path):
     assert len(text) < 1.5e6
     assert not re.search(r"/(?:home|root|work|Users|tmp)/[\w.]", text), "names a path of a machine"
     assert "widget-state" not in text
-    lines = [len(cell.source.splitlines()) for cell in book.code_cells(book.read(path))]
+    lines = [len([line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]) for cell in book.code_cells(book.read(path))]
     assert max(lines) <= 40 and statistics.median(lines) <= 6
     assert all(output.metadata.get("image/png", output.metadata).get("alt", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"
 
