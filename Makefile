@@ -19,7 +19,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=nbs nbs/0_start/0_start.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=nbs nbs/0_start/00_start.ipynb
 
 notebooks: export
 	$(BIN)/python nbs/book.py run $(NOTEBOOKS)

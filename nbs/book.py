@@ -96,12 +96,11 @@ def staleness(path: Path) -> str:
     cells = code_cells(notebook)
     if not cells:
         return ""
-    counts = [cell.execution_count for cell in cells]
-    if counts != list(range(1, len(cells) + 1)):
-        return "was not executed from top to bottom"
+    if "digest" not in notebook.metadata.get("soflow_edu", {}):
+        return "was never executed as a whole"
     if any(output.output_type == "error" for cell in cells for output in cell.outputs):
         return "holds an error output"
-    if notebook.metadata.get("soflow_edu", {}).get("digest") != digest(notebook):
+    if notebook.metadata.soflow_edu.digest != digest(notebook):
         return "was executed with other code than it holds or imports now"
     return ""
 
@@ -165,7 +164,7 @@ def readme() -> str:
                 PICTURES.mkdir(exist_ok=True)
                 name = f"index-{number}.png"
                 (PICTURES / name).write_bytes(base64.b64decode(data["image/png"]))
-                parts.append(f"![{output.metadata.get('image/png', output.metadata).get('alt', '')}](nbs/pictures/{name})")
+                parts.append(f"![{data.get('text/plain', '')}](nbs/pictures/{name})")
             elif "text/markdown" in data:
                 parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", data["text/markdown"]))
             elif output.output_type == "stream":

@@ -261,15 +261,16 @@ def canvas(columns: int = 1, rows: int = 1, width: float = 3.3, height: float = 
     plt.rcParams.update(style)
     return plt.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
 
-# %% ../nbs/0_start/01_config.ipynb #195b9667
+# %% ../nbs/0_start/01_config.ipynb #a27a35e3
 def show(figure,      # a matplotlib figure
          alt: str,    # its finding in a sentence, for readers who cannot see it
          ):
     "Displays a figure as a PNG with its alternative text, and closes it."
     import io
     import matplotlib.pyplot as plt
-    from IPython.display import Image, display
+    from base64 import b64encode
+    from IPython.display import display
     png = io.BytesIO()
     figure.savefig(png, dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     plt.close(figure)
-    display(Image(png.getvalue(), alt=alt))
+    display({"image/png": b64encode(png.getvalue()).decode(), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)

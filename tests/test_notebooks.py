@@ -51,7 +51,7 @@ def test_form(path):
     assert "widget-state" not in text
     lines = [len([line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]) for cell in book.code_cells(book.read(path))]
     assert max(lines) <= 40 and statistics.median(lines) <= 6
-    assert all(output.metadata.get("image/png", output.metadata).get("alt", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"
+    assert all(output.data.get("text/plain", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"
 
 
 CHAPTERS = [path for path in NOTEBOOKS if path.parent != book.NOTEBOOKS]
