@@ -96,7 +96,7 @@ class Exact:
     regress = step
     def spec(self): return {"name": "exact"}
 
-# %% ../nbs/1_plane/08_consistency.ipynb #233b3d83
+# %% ../nbs/1_plane/08_consistency.ipynb #ec2a8542
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
@@ -131,8 +131,8 @@ class SoFlow:
     def shares(self, progress): return self.lam, 1 - self.lam                         # weights of the two parts
     def fraction(self, t, progress, generator): return self.schedule(progress)        # r
     def weight(self, gap, b): return gap / b.abs()                                    # (t - l)² of the error over the published (t - l) |b|
-    def advance(self, model, xt, t, s, l, v_cond, **given):                           # x_l
-        return xt - expand(t - l, xt) * self.target.step(model, xt, t, v_cond, **given)
+    def step_velocity(self, model, xt, t, s, l, v_cond, **given):                     # (x_t - x_l) / (t - l)
+        return self.target.step(model, xt, t, v_cond, **given)
 
 # %% ../nbs/1_plane/08_consistency.ipynb #c202d769
 def velocity_loss(objective, model, xt, v_cond, F, t, s, l, **given) -> tuple:   # weighted and plain loss of each row, (n,)
@@ -141,13 +141,12 @@ def velocity_loss(objective, model, xt, v_cond, F, t, s, l, **given) -> tuple:  
     error = mse(model.velocity_from(F, xt, t), target)
     return adaptive_weight(error, objective.p, objective.eps) * error / model.coefficients.db(t).abs(), error
 
-# %% ../nbs/1_plane/08_consistency.ipynb #e1f2ca4b
+# %% ../nbs/1_plane/08_consistency.ipynb #62b5efdd
 def solution_loss(objective, model, xt, v_cond, F, t, s, l, y=None, dropped=None, **extras) -> tuple:   # weighted and plain loss of each row, (n,)
     "w MSE(f_t, sg f_l), computed from the difference quotient q, whose mean square is MSE / (t - l)²."
     with torch.no_grad():
-        xl = objective.advance(model, xt, t, s, l, v_cond, y=y, dropped=dropped, **extras)
-        Fl = model.F(xl, l, s, y, **extras)
-        v = (xt - xl) / expand(t - l, xt)
+        v = objective.step_velocity(model, xt, t, s, l, v_cond, y=y, dropped=dropped, **extras)
+        Fl = model.F(xt - expand(t - l, xt) * v, l, s, y, **extras)
     error = difference_quotient(model, xt, t, s, l, v, F, Fl).pow(2).flatten(1).mean(1)
     return objective.weight(t - l, model.coefficients.b(t, s)) * adaptive_weight(error, objective.p, objective.eps) * error, error * (t - l)**2
 
@@ -157,7 +156,7 @@ def surrogate(Ft, q, b, p: float, eps: float):   # (B, ...), (B, ...), (B,) -> s
     w = adaptive_weight(q.pow(2).flatten(1).mean(1), p, eps)
     return (expand(b.sign(), Ft) * Ft * (q * expand(w, q)).detach()).mean()
 
-# %% ../nbs/1_plane/08_consistency.ipynb #d3820329
+# %% ../nbs/1_plane/08_consistency.ipynb #c78e4ee6
 @register("objective", "semigroup")
 @dataclass
 class Semigroup(SoFlow):
@@ -172,4 +171,5 @@ class Semigroup(SoFlow):
     def shares(self, progress): return self.velocity_weight[0]**(1 - progress) * self.velocity_weight[1]**progress, 1.0
     def fraction(self, t, progress, generator): return torch.rand(t.shape, generator=generator, device=t.device)
     def weight(self, gap, b): return (gap / b)**2
-    def advance(self, model, xt, t, s, l, v_cond, y=None, dropped=None, **extras): return model.solution_from(model.F(xt, t, l, y, **extras), xt, t, l)
+    def step_velocity(self, model, xt, t, s, l, v_cond, y=None, dropped=None, **extras):   # of the model's own jump
+        return (xt - model.solution_from(model.F(xt, t, l, y, **extras), xt, t, l)) / expand(t - l, xt)
