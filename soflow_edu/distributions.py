@@ -10,7 +10,7 @@ from .config import InputError
 from .paths import Path, expand
 from .toys import toy
 
-# %% ../nbs/1_plane/03_distributions.ipynb #a4059fc3
+# %% ../nbs/1_plane/03_distributions.ipynb #e40758ac
 class Distribution:
     """A law of data with class labels whose posterior means are closed forms.
 
@@ -26,14 +26,14 @@ class Distribution:
         blocks = [self.block_posterior(x[i:i + rows], t[i:i + rows], path, None if y is None else y[i:i + rows]) for i in range(0, len(x), rows)]
         return tuple(torch.cat(part) for part in zip(*blocks))
 
-    def guided_moments(self, x, t, path: Path, y=None, w: float = 1.0) -> tuple:   # (B, ...), (B, ...)
+    def guided_moments(self, x, t, path: Path, y=None, w=1.0) -> tuple:   # w a number or (B,) -> (B, ...), (B, ...)
         "E[x0 | x_t = x] and E[x1 | x_t = x]; with labels, w times those of the class plus 1 - w times those of all."
         (m0, score, _), b = self.posterior(x, t, path, y), path.beta(expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x))
-        if y is None or w == 1: return m0, -b * score
-        u0, score0, _ = self.posterior(x, t, path)
+        if y is None or isinstance(w, float | int) and w == 1: return m0, -b * score
+        w, (u0, score0, _) = expand(torch.as_tensor(w, dtype=x.dtype, device=x.device), x), self.posterior(x, t, path)
         return u0 + w * (m0 - u0), -b * (score0 + w * (score - score0))
 
-    def velocity(self, x, t, path: Path, y=None, w: float = 1.0):   # (B, ...)
+    def velocity(self, x, t, path: Path, y=None, w=1.0):   # w a number or (B,) -> (B, ...)
         "The marginal velocity alpha' m0 + beta' m1, guided by w if labels are given (method, section 4)."
         m0, m1 = self.guided_moments(x, t, path, y, w)
         t = expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x)

@@ -84,18 +84,18 @@ class Guarded:
         return IntegrationError(f"Integrating with {self.method!r} failed after {self.evaluations:,} evaluations, between times {now.min():.4g} and {now.max():.4g}: {why}. "
                                 "The velocity may be stiff or singular there: end at a later time, use a larger rtol, or work in float64.")
 
-# %% ../nbs/1_plane/04_odes.ipynb #7619a349
+# %% ../nbs/1_plane/04_odes.ipynb #49a67d9b
 class ExactFlow:
     "The flow of a distribution in closed form: its velocity, and its solution function by dopri5 in float64."
-    def __init__(self, distribution: Distribution, path: Path, w: float = 1.0,   # w: guidance scale, for labelled queries
+    def __init__(self, distribution: Distribution, path: Path, w=1.0,   # w: guidance scale for labelled queries, a number or a function of t (B,)
                  rtol: float | None = None):   # 1e-8 for a mixture and 1e-6 for a finite set if not given
         finite = isinstance(distribution, FiniteSet)
-        self.distribution, self.path, self.w = distribution, path, w
+        self.distribution, self.path, self.w = distribution, path, w if callable(w) else lambda t: w
         self.rtol, self.s_min = rtol or (1e-6 if finite else 1e-8), 1e-3 if finite else 0.0
 
     def velocity(self, x, t, y=None):   # (B, ...), (B,), (B,) -> (B, ...)
         "The marginal velocity, guided by w if labels are given."
-        return self.distribution.velocity(x, t, self.path, y, self.w)
+        return self.distribution.velocity(x, t, self.path, y, self.w(t))
 
     def solution(self, x, t, s, y=None):   # (B, ...), times (B,) or numbers -> (B, ...)
         "Where points at time t are at time s, to the solver's precision. Raises InputError if a time lies outside [0, 1]."
@@ -107,7 +107,7 @@ class ExactFlow:
 
     def finish(self, z, t, s, y):
         "From t <= s_min on down the posterior means are constant: x_s = alpha(s) m0 + beta(s) m1."
-        m0, m1 = self.distribution.guided_moments(z, t.clamp(min=1e-9), self.path, y, self.w)
+        m0, m1 = self.distribution.guided_moments(z, t.clamp(min=1e-9), self.path, y, self.w(t))
         end = self.path.alpha(expand(s, z)) * m0 + self.path.beta(expand(s, z)) * m1
         return torch.where(expand(s < t, z), end, z)
 
