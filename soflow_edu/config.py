@@ -31,19 +31,20 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #28127655
+# %% ../nbs/0_start/01_config.ipynb #1873eb55
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
              "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
     "network": {"mlp": "flow_matching"},
-    "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency"},
+    "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
+                  "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
     "metric": {"one_step": "comparing", "transport": "comparing", "properties": "comparing", "triangle": "comparing",
                "evaluations": "comparing", "trajectories": "comparing"},
     "schedule": {"constant": "consistency", "linear": "consistency", "cosine": "consistency", "exponential": "consistency"},
-    "target": {"conditional": "consistency", "own": "consistency", "exact": "consistency"},
+    "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
     "sampler": {"renoise": "sampling", "jump": "sampling"},
 }
 _registered = {}

@@ -58,7 +58,7 @@ class Batch:
     y: torch.Tensor | None = None                  # (B,) class labels
     extras: dict = field(default_factory=dict)     # further inputs of the network, (B, ...) each
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #e4ab8656
+# %% ../nbs/1_plane/05_flow_matching.ipynb #f7492ffa
 @dataclass
 class Draws:
     "All random numbers of one step. Rows before `regressed` train the velocity and have s = l = t."
@@ -68,6 +68,7 @@ class Draws:
     l: torch.Tensor                        # (B,)
     regressed: int                         # number of rows for the flow-matching loss
     dropped: torch.Tensor | None = None    # (B,) True where the label is hidden
+    x0: torch.Tensor | None = None         # (B, ...) data, where an objective brings its own to the noise
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #5a9daaf2
 @dataclass
@@ -91,7 +92,7 @@ def adaptive_weight(error: torch.Tensor, p: float, eps: float) -> torch.Tensor: 
     "1 / (error + eps)^p, without gradient (method, section 2)."
     return (error.detach() + eps) ** -p
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #0bd5c7cc
+# %% ../nbs/1_plane/05_flow_matching.ipynb #5cbef314
 @register("objective", "flow_matching")
 @dataclass
 class FlowMatching:
@@ -107,6 +108,6 @@ class FlowMatching:
         return Draws(noise_like(batch.x0, generator), t, t, t, regressed=len(t))
 
     def loss(self, model, batch: Batch, draws: Draws, progress: float) -> Loss:
-        xt, v = model.path.interpolate(batch.x0, draws.x1, draws.t)
+        xt, v = model.path.interpolate(batch.x0 if draws.x0 is None else draws.x0, draws.x1, draws.t)
         error = mse(model.velocity(xt, draws.t, batch.y, **batch.extras), v)
         return Loss((adaptive_weight(error, self.p, self.eps) * error).mean(), {"velocity_mse": error.mean().detach()})

@@ -9,7 +9,7 @@ from torch import nn
 
 from soflow_edu.comparing import compare
 from soflow_edu.config import InputError, build, load_config, make_config, register, replacing
-from soflow_edu.consistency import solution_loss
+from soflow_edu.consistency import Rows, look_ahead, solution_loss
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.flow_matching import Batch
 from soflow_edu.odes import ExactFlow, OdeFlow, integrate
@@ -275,7 +275,8 @@ def test_the_loss_keeps_its_digits_for_short_jumps():
         model = SolutionModel(net.to(kind))
         x1, *times = (part.to(kind) for part in draws)
         xt, v = model.path.interpolate(x0.to(kind), x1, times[0])
-        return solution_loss(objective, model, xt, v, model.F(xt, *times[:2]), *times)[0].double()
+        rows = Rows(xt, v, *times)
+        return solution_loss(objective, model, rows, model.F(xt, *times[:2]), *look_ahead(model, rows, v))[0].double()
 
     exact = rows(torch.float64)
     error = ((rows(torch.float32) - exact).norm() / exact.norm()).item()
