@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MIN_GAP', 'expand', 'Path', 'LinearPath', 'TrigPath', 'ordered', 'uniform', 'UniformTimes', 'logit_normal',
-           'LogitNormalTimes', 'PublishedTimes', 'CornerTimes']
+           'LogitNormalTimes', 'PublishedTimes', 'stratified', 'CornerTimes']
 
 # %% ../nbs/1_plane/01_paths.ipynb #f70531e6
 import math
@@ -114,7 +114,12 @@ class PublishedTimes(LogitNormalTimes):
         if self.variant not in self.LAWS: raise InputError(f"Published times exist for {sorted(self.LAWS)}, not for {self.variant!r}.")
         for name, law in self.LAWS[self.variant].items(): object.__setattr__(self, name, law)
 
-# %% ../nbs/1_plane/01_paths.ipynb #8d3615d7
+# %% ../nbs/1_plane/01_paths.ipynb #dedbbde4
+def stratified(n: int, generator: torch.Generator) -> torch.Tensor:   # (n,) in [0, 1), in order
+    "One uniform number from each of n equal parts of [0, 1)."
+    return (torch.arange(n, device=generator.device) + uniform(n, generator)) / max(n, 1)
+
+# %% ../nbs/1_plane/01_paths.ipynb #46aa3df5
 @register("times", "corner")
 @dataclass(frozen=True)
 class CornerTimes:
@@ -125,7 +130,8 @@ class CornerTimes:
     def __post_init__(self):
         if min(self.corner, self.t1, self.s0) < 0 or self.corner + self.t1 + self.s0 > 1: raise InputError(f"The shares corner, t1 and s0 are {self.corner}, {self.t1} and {self.s0}, but must be zero or positive, with a sum of at most 1.")
     def sample(self, n, generator):
-        (t, s), k = UniformTimes().sample(n, generator), uniform(n, generator)
+        u, v, k = stratified(n, generator), uniform(n, generator), uniform(n, generator)
+        t, s = torch.maximum(u, v), torch.minimum(u, v)
         t = torch.where(k < self.corner + self.t1, 1.0, t)
         return ordered(t, torch.where((k < self.corner) | (k >= 1 - self.s0), 0.0, s))
-    def sample_t(self, n, generator): return uniform(n, generator).sqrt()
+    def sample_t(self, n, generator): return stratified(n, generator).sqrt()
