@@ -65,11 +65,14 @@ def differences() -> list:
 
 
 # ---------------------------------------------------------------------------------------------------- digest
+def without_magic(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
 def imported(source: str) -> set:
     "Names of the modules of soflow_edu that a piece of code imports."
-    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     found = set()
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(ast.parse(without_magic(source))):
         if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("soflow_edu.")):
             found.add(node.module.removeprefix("soflow_edu."))
         elif isinstance(node, ast.Import):
@@ -77,16 +80,41 @@ def imported(source: str) -> set:
     return found
 
 
+def catalogue() -> dict:
+    "Which module each registered name lives in, read from the source of config."
+    for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and node.targets[0].id == "CATALOGUE":
+            return {name: module for kind in ast.literal_eval(node.value).values() for name, module in kind.items()}
+    raise ValueError("config.py holds no CATALOGUE")
+
+
+def built(code: str) -> set:
+    "Modules of the components that code names: in its own strings, or through the configurations if it reads one."
+    words = {node.value for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {module for name, module in catalogue().items() if (name in words or reads_configurations(code) and re.search(rf"\b{name}\b", configurations())) and (PACKAGE / f"{module}.py").exists()}
+
+
+def reads_configurations(code: str) -> bool:
+    return any(word in code for word in ("load_config", "soflow demo", "soflow_edu.cli", "main(["))
+
+
+def configurations() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")))
+
+
 def digest(notebook) -> str:
-    "A hash of the code cells and of every module that they import, directly or through another module."
+    "A hash of the code cells, of every module that they import or build, directly or through another module, and of the configurations that they read."
     code = "\n\n".join(cell.source for cell in code_cells(notebook))
-    waiting, modules = imported(code), {}
+    run = "\n\n".join(cell.source for cell in code_cells(notebook) if not cell.source.startswith("#| export"))
+    waiting, modules = imported(code) | built(run), {}
     while waiting:
         name = waiting.pop()
         modules[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
         waiting |= imported(modules[name]) - modules.keys()
     # The comments in which nbdev names the cell of origin are no part of what a module does.
     text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
+    if reads_configurations(run):
+        text.append(configurations())
     return hashlib.sha256("\0".join([code, *text]).encode()).hexdigest()[:16]
 
 

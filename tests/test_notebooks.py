@@ -99,6 +99,15 @@ def test_digest_sees_a_change(tmp_path, monkeypatch):
         monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
         assert book.digest(notebook) != before
     monkeypatch.undo()
+    start = book.read(next(path for path in CHAPTERS if path.stem == "00_start"))          # reaches the objective by its name only
+    before = book.digest(start)
+    shutil.copytree(book.PACKAGE, tmp_path / "objective")
+    with open(tmp_path / "objective/consistency.py", "a") as module:
+        module.write("\nextra = 1\n")
+    monkeypatch.setattr(book, "PACKAGE", tmp_path / "objective")
+    assert book.digest(start) != before
+    monkeypatch.undo()
+    before = book.digest(notebook)
     book.code_cells(notebook)[-1].source += "\n1 + 1"
     assert book.digest(notebook) != before
 
