@@ -501,6 +501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'soflow_edu.widgets.record_film': ('1_plane/widgets.html#record_film', 'soflow_edu/widgets.py'),
                                     'soflow_edu.widgets.summary': ('1_plane/widgets.html#summary', 'soflow_edu/widgets.py'),
                                     'soflow_edu.widgets.three_classes': ('1_plane/widgets.html#three_classes', 'soflow_edu/widgets.py'),
+                                    'soflow_edu.widgets.ticks': ('1_plane/widgets.html#ticks', 'soflow_edu/widgets.py'),
                                     'soflow_edu.widgets.trained_pair': ('1_plane/widgets.html#trained_pair', 'soflow_edu/widgets.py'),
                                     'soflow_edu.widgets.training_film': ('1_plane/widgets.html#training_film', 'soflow_edu/widgets.py'),
                                     'soflow_edu.widgets.triangle_panel': ('1_plane/widgets.html#triangle_panel', 'soflow_edu/widgets.py'),

@@ -2,14 +2,16 @@
 
 # %% auto #0
 __all__ = ['MARKS_JS', 'PANELS_JS', 'CONTROLS_JS', 'KEY_JS', 'RENDER_JS', 'DRAW_JS', 'DRAG_JS', 'STYLE', 'MOST_BYTES', 'Mark',
-           'Panel', 'Scene', 'paint', 'drawn', 'message', 'Control', 'page_class', 'Interactive', 'png', 'bundle',
-           'animated', 'latency', 'walk', 'Film', 'film_steps', 'class_of', 'make_film', 'film_folder', 'checksums',
-           'record_film', 'load_film', 'film_model', 'training_film', 'trained_pair', 'place', 'drag_noise', 'corners',
-           'triangle_panel', 'consistency_triangle', 'GuidanceScale', 'three_classes', 'summary', 'guidance_sliders']
+           'Panel', 'Scene', 'ticks', 'paint', 'drawn', 'message', 'Control', 'page_class', 'Interactive', 'png',
+           'bundle', 'animated', 'latency', 'walk', 'Film', 'film_steps', 'class_of', 'make_film', 'film_folder',
+           'checksums', 'record_film', 'load_film', 'film_model', 'training_film', 'trained_pair', 'place',
+           'drag_noise', 'corners', 'triangle_panel', 'consistency_triangle', 'GuidanceScale', 'three_classes',
+           'summary', 'guidance_sliders']
 
-# %% ../nbs/1_plane/15_widgets.ipynb #0df4833f
+# %% ../nbs/1_plane/15_widgets.ipynb #e458164b
 import hashlib
 import json
+import math
 import time
 from base64 import b64encode
 from dataclasses import asdict, dataclass, field, replace
@@ -62,6 +64,13 @@ class Scene:
     panels: list
     text: str     # sentences with the numbers of the moment
 
+# %% ../nbs/1_plane/15_widgets.ipynb #b330e3ff
+def ticks(low: float, high: float) -> tuple:
+    "Places of round numbers in a range, three to six of them, and what to write there."
+    step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step < 6)
+    places = [k * step for k in range(int(-(-low // step)), int(high // step) + 1)]
+    return tuple((round(place, 6), f"{place:g}".replace("-", "−")) for place in places)
+
 # %% ../nbs/1_plane/15_widgets.ipynb #2b7a9c18
 def paint(ax, panel: Panel):
     "Draws a panel on matplotlib axes."
@@ -90,7 +99,7 @@ def message(scene: Scene) -> dict:
     flat = lambda m: vars(m) | {"xy": [round(z, 3) for z in m.xy.detach().cpu().double().flatten().tolist()]}
     return {"panels": [vars(panel) | {"marks": [flat(m) for m in panel.marks]} for panel in scene.panels], "text": scene.text}
 
-# %% ../nbs/1_plane/15_widgets.ipynb #f46d9c71
+# %% ../nbs/1_plane/15_widgets.ipynb #80e5addb
 MARKS_JS = """
 const SHAPES = {o: [24, 0], s: [4, Math.PI / 4], D: [4, 0], "^": [3, -Math.PI / 2], v: [3, Math.PI / 2], "<": [3, Math.PI], ">": [3, 0], h: [6, 0]};
 
@@ -124,15 +133,15 @@ function drawMark(c, mark, X, Y, ink) {
     c.setLineDash([]);
   }
   if (mark.arrow) head(c, p, X, Y, 13);
-  if (mark.marker) for (let i = 0; i < p.length; i += 2) polygon(c, mark.marker, X(p[i]), Y(p[i + 1]), 0.65 * mark.size);
+  if (mark.marker) for (let i = 0; i < p.length; i += 2) polygon(c, mark.marker, X(p[i]), Y(p[i + 1]), mark.size);
   c.globalAlpha = 1;
 }
 """
 
-# %% ../nbs/1_plane/15_widgets.ipynb #4391e375
+# %% ../nbs/1_plane/15_widgets.ipynb #3e8bdf88
 PANELS_JS = """
 function layout(scene, width) {
-  const columns = width < 560 ? 1 : scene.panels.length, cell = Math.min(width / columns, columns > 1 ? 480 : 560), side = cell - 66;
+  const columns = width < 560 ? 1 : scene.panels.length, cell = Math.min(width / columns, columns > 1 ? 480 : 540), side = cell - 66;
   return scene.panels.map((panel, i) => ({x: (i % columns) * cell + 52, y: Math.floor(i / columns) * (side + 84) + 32, side}));
 }
 
@@ -235,18 +244,22 @@ function drawKey(place, scene, ink) {
 }
 """
 
-# %% ../nbs/1_plane/15_widgets.ipynb #f92e8c77
+# %% ../nbs/1_plane/15_widgets.ipynb #cdbeed82
 RENDER_JS = """
 function render({ model, el }) {
   const root = part("div", "soflow", el), picture = part("canvas", "soflow-picture", root), c = picture.getContext("2d");
-  const key = part("div", "soflow-key", root), words = part("p", "soflow-text", root), panel = part("div", "soflow-controls", root);
+  const side = part("div", "soflow-side", root), key = part("div", "soflow-key", side), words = part("p", "soflow-text", side), panel = part("div", "soflow-controls", side);
   const drag = model.get("drag"), controls = model.get("controls"), colours = model.get("colours");
   let boxes = [], held = -1;
   for (const [node, role] of [[root, "group"], [picture, "img"]]) { node.setAttribute("role", role); node.setAttribute("aria-label", model.get("about")); }
   const send = changes => { model.set("values", {...model.get("values"), ...changes}); model.save_changes(); };
   const follow = Object.fromEntries(controls.map(control => [control.name, addSlider(control, panel, send)]));
   const playing = controls.find(control => control.name === model.get("play")), stop = playing ? addPlay(playing, panel, model, send) : () => {};
-  const ink = name => name === "black" ? getComputedStyle(root).color : colours[name];
+  const parts = text => text[0] === "#" ? [1, 3, 5].map(i => parseInt(text.slice(i, i + 2), 16)) : text.match(/[0-9.]+/g).slice(0, 3).map(Number);
+  const ink = name => {
+    const text = getComputedStyle(root).color, dark = Math.min(...parts(text)) > 128;   // light text stands on a dark page
+    return name === "black" ? text : `rgb(${parts(colours[name]).map(z => dark ? Math.round(z + 0.25 * (255 - z)) : z)})`;
+  };
 """
 
 # %% ../nbs/1_plane/15_widgets.ipynb #d5358e09
@@ -301,17 +314,19 @@ DRAG_JS = """
 export default { render };
 """
 
-# %% ../nbs/1_plane/15_widgets.ipynb #e240e3c7
+# %% ../nbs/1_plane/15_widgets.ipynb #73559bdd
 STYLE = """
-.soflow { color: var(--jp-content-font-color1, inherit); font-family: var(--jp-content-font-family, system-ui, sans-serif); font-size: 15px; max-width: 980px; padding: 4px 0; }
-.soflow-picture { display: block; max-width: 100%; }
-.soflow-key { display: flex; flex-wrap: wrap; gap: 2px 18px; }
+.soflow { color: var(--jp-content-font-color1, inherit); font-family: var(--jp-content-font-family, system-ui, sans-serif); font-size: 15px; padding: 4px 0; display: flex; flex-wrap: wrap; gap: 4px 20px; }
+.soflow-picture { display: block; flex: none; }
+.soflow-side { flex: 1 1 270px; max-width: 960px; }
+.soflow-key { display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .soflow-item { display: inline-flex; align-items: center; gap: 6px; }
 .soflow-text { margin: 8px 0; min-height: 2.6em; line-height: 1.3; }
-.soflow-row { display: grid; grid-template-columns: minmax(8em, 18em) minmax(8em, 24em) 6em; gap: 12px; align-items: center; min-height: 28px; }
-.soflow-row input { width: 100%; height: 24px; margin: 0; accent-color: var(--jp-brand-color1, #0072B2); }
+.soflow-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 6px 24px; align-items: end; }
+.soflow-row { display: grid; grid-template-columns: 1fr auto; }
+.soflow-row input { grid-column: 1 / 3; grid-row: 2; width: 100%; height: 24px; margin: 0; accent-color: var(--jp-brand-color1, #0072B2); }
 .soflow-row input:focus-visible, .soflow-play:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
-.soflow-play { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 4px; min-width: 6em; min-height: 30px; margin-top: 6px; }
+.soflow-play { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 4px; width: 6em; min-height: 30px; }
 """
 
 # %% ../nbs/1_plane/15_widgets.ipynb #a8f1d79c
@@ -408,7 +423,7 @@ def bundle(interactive: Interactive) -> tuple:   # data and metadata by MIME typ
     live = interactive.widget._repr_mimebundle_()[0] if find_spec("anywidget") else {}
     return live | {"image/png": png(interactive.figure()), "text/plain": alt}, {"image/png": {"alt": alt}}
 
-# %% ../nbs/1_plane/15_widgets.ipynb #865e4e58
+# %% ../nbs/1_plane/15_widgets.ipynb #d3b5e6d8
 def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # HTML
     "An animation in which one control runs through its range. Raises InputError for an unknown control."
     import matplotlib.pyplot as plt
@@ -419,26 +434,26 @@ def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # 
     figure = interactive.figure(**{name: values[0]})
     def turn(value):
         for ax, panel in zip(figure.axes, interactive.scene(**{name: value}).panels): ax.clear(); paint(ax, panel)
-    with plt.rc_context({"savefig.dpi": 64}): html = FuncAnimation(figure, turn, values, init_func=lambda: None).to_jshtml(fps=5, default_mode="once")
+    with plt.rc_context({"savefig.dpi": 64, "animation.frame_format": "jpeg"}): html = FuncAnimation(figure, turn, values, init_func=lambda: None).to_jshtml(fps=5, default_mode="once")
     plt.close(figure)
     return html.replace("<img id=", f'<img alt="{interactive.about}" id=')
 
-# %% ../nbs/1_plane/15_widgets.ipynb #f829cfe4
-def latency(interactive: Interactive, repeats: int = 20, seed: int = 0) -> float:   # milliseconds
-    "Median time in which the kernel answers new values at random."
+# %% ../nbs/1_plane/15_widgets.ipynb #3838fad8
+def latency(interactive: Interactive, repeats: int = 20, seed: int = 0, clock=time.perf_counter) -> float:   # milliseconds
+    "Median time in which the kernel answers new values at random, by the clock on the wall or another."
     generator, times = torch.Generator().manual_seed(seed), []
     for _ in range(repeats):
         values = {c.name: c.low + (c.high - c.low) * torch.rand((), generator=generator).item() for c in interactive.controls.values()}
-        start = time.perf_counter()
+        start = clock()
         json.dumps(message(interactive.scene(**values)))
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (clock() - start))
     return sorted(times)[repeats // 2]
 
-# %% ../nbs/1_plane/15_widgets.ipynb #4b8d8029
+# %% ../nbs/1_plane/15_widgets.ipynb #d06277ab
 @torch.no_grad()
 def walk(flow, x, t, s, y=None, steps: int = 16) -> torch.Tensor:   # x (B, 2), times (B,) or numbers -> states (T, B, 2)
     "Exact trajectories from t to s to the precision of a screen."
-    low = getattr(flow, "s_min", 0.0)
+    low = 5e-3 if getattr(flow, "s_min", 0.0) else 0.0     # what a finite set still moves after that is less than a pixel
     t, s = (span_times(time, x).clamp(min=low) for time in (t, s))
     if low: return integrate(flow, x, t, s, y, rtol=1e-3, record=33).states
     return integrate(flow, x, t, s, y, method="rk4", steps=steps).states
@@ -466,12 +481,12 @@ def class_of(law, x) -> torch.Tensor:   # (n, 2) -> (n,)
     centres = law.means if isinstance(law, GaussianMixture) else law.points
     return law.labels[torch.cdist(x, centres).argmin(1)]
 
-# %% ../nbs/1_plane/15_widgets.ipynb #b55b512a
-def make_film(data: str = "eight_gaussians", steps: int = 6000, seed: int = 0, points: int = 600, measured: int = 1024) -> Film:
-    "Trains by the recipe of the plane and keeps some of its steps; the error is that of `measured` noises, of which `points` are shown."
+# %% ../nbs/1_plane/15_widgets.ipynb #f13d34ae
+def make_film(data: str = "eight_gaussians", steps: int = 6000, seed: int = 0, points: int = 600) -> Film:
+    "Trains by the recipe of the plane and keeps some of its steps; the error is that of 1,500 noises, of which `points` are shown."
     config = replace(load_config("plane"), data=data, steps=steps, seconds=None, seed=seed, warmup=min(load_config("plane").warmup, steps // 10))
     law, (model, objective), wanted = law_of(data), assemble(config), film_steps(steps)
-    x1 = torch.randn(measured, 2, generator=torch.Generator().manual_seed(seed + 1))
+    x1 = torch.randn(1500, 2, generator=torch.Generator().manual_seed(seed + 1))
     exact, rows = ExactFlow(law, model.path).solution(x1, 1.0, 0.0), []
     def look(model):
         with torch.no_grad(): end = model(x1, 1.0, 0.0)
@@ -480,7 +495,7 @@ def make_film(data: str = "eight_gaussians", steps: int = 6000, seed: int = 0, p
     for step in train(model, objective, law, config):
         if step.number in wanted: look(trained(step.run))
     frames, error = zip(*rows)
-    command = f'python -c "from soflow_edu.widgets import record_film; record_film({data!r}, steps={steps}, seed={seed})"'
+    command = f'python -c "from soflow_edu.widgets import record_film; record_film({data!r}, steps={steps}, seed={seed}, points={points})"'
     return Film(torch.tensor(wanted), torch.tensor(error), torch.stack(frames), exact[:points].half(), class_of(law, exact[:points]).to(torch.int8),
                 {name: value.half() for name, value in step.ema.items()}, {"command": command, "config": to_yaml(config), "torch": torch.__version__.split("+")[0]})
 
@@ -497,11 +512,11 @@ def checksums(folder: Path) -> dict:   # SHA-256 by file name
     listed = folder / "SHA256SUMS"
     return {name: code for code, name in (line.split() for line in listed.read_text(encoding="utf-8").splitlines())} if listed.exists() else {}
 
-# %% ../nbs/1_plane/15_widgets.ipynb #ecec6072
-def record_film(data: str = "eight_gaussians", steps: int = 6000, seed: int = 0, folder=None) -> Path:   # the package's own folder if not given
+# %% ../nbs/1_plane/15_widgets.ipynb #90a71182
+def record_film(data: str = "eight_gaussians", steps: int = 6000, seed: int = 0, points: int = 600, folder=None) -> Path:   # at most 1500 points; the package's own folder if not given
     "Makes a film and writes it, with its checksum. Raises InputError if all films together would be too large."
     from safetensors.torch import save_file
-    film, folder = make_film(data, steps, seed), Path(folder or film_folder())
+    film, folder = make_film(data, steps, seed, points), Path(folder or film_folder())
     target, weights = folder / f"{data}.safetensors", {f"weights.{name}": value for name, value in film.weights.items()}
     with replacing(target) as path:
         save_file({name: getattr(film, name).contiguous() for name in ("steps", "error", "frames", "exact", "y")} | weights, path, {"about": json.dumps(film.about)})
@@ -531,21 +546,23 @@ def film_model(film: Film) -> SolutionModel:
     model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in film.weights.items()})
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/1_plane/15_widgets.ipynb #c97f0388
+# %% ../nbs/1_plane/15_widgets.ipynb #5f91543d
 def training_film(data: str = "eight_gaussians") -> Interactive:
     "A slider over a training: where one step sends noise, coloured by the exact destination, and the error. Raises InputError if there is no such film."
     film = load_film(data)
-    steps, colours = film.steps.tolist(), [name for name in COLOURS if name != "grey"]
+    steps, colours, size = film.steps.tolist(), [name for name in COLOURS if name != "grey"], 4.5 * (600 / len(film.y)) ** 0.5
     decade = lambda z: torch.as_tensor(z, dtype=torch.float64).clamp(min=1e-4).log10()
     curve = torch.stack([decade(film.steps.clamp(min=3)), decade(film.error)], 1)
-    ticks = tuple((float(decade(value)), f"{value:,}") for value in (3, 10, 100, 1000, 10000) if value <= 1.5 * steps[-1])
-    levels = tuple((float(decade(value)), f"{value:g}") for value in (0.01, 0.03, 0.1, 0.3, 1))
+    numbers = ((math.log10(3), "0"), *((math.log10(z), f"{z:,}") for z in (10, 100, 1000, 10000) if z <= 1.5 * steps[-1]))
+    levels = tuple((math.log10(z), f"{z:g}") for z in (0.01, 0.03, 0.1, 0.3, 1))
+    (wide, high), edge = ([max(1.5, 1.2 * z) for z in film.exact.float().abs().amax(0).tolist()]), curve[-1, 0].item() + 0.1
     def scene(frame):
         k = int(frame)
-        points = [Mark(film.frames[k][film.y == c].float(), colours[i % len(colours)], MARKERS[i % len(MARKERS)], 4.5, alpha=0.8) for i, c in enumerate(film.y.unique().tolist())]
-        left = Panel("one learned step from noise", [Mark(film.exact.float(), "grey", "o", 3, alpha=0.4, label="exact ends; colour and shape: which of them"), *points])
-        marks = [Mark(curve, "blue", line=2, label="relative error of one step"), Mark(curve[k:k + 1], "red", "D", 10, label="now")]
-        right = Panel("error", marks, (curve[0, 0].item() - 0.1, curve[-1, 0].item() + 0.1), (-2.1, 0.1), "training step", "relative RMS error", ticks[:1] and ((ticks[0][0], "0"), *ticks[1:]), levels)
+        points = [Mark(film.frames[k][film.y == c].float(), colours[i % len(colours)], MARKERS[i % len(MARKERS)], size, alpha=0.8) for i, c in enumerate(film.y.unique().tolist())]
+        left = Panel("one learned step, coloured by the exact end", [Mark(film.exact.float(), "grey", "o", 0.7 * size, alpha=0.4, label="exact ends"), *points],
+                     (-wide, wide), (-high, high), xticks=ticks(-wide, wide), yticks=ticks(-high, high))
+        right = Panel("error", [Mark(curve, "blue", line=2, label="relative error of one step"), Mark(curve[k:k + 1], "red", "D", 10, label="now")],
+                      (0.4, edge), (-2.1, 0.1), "training step", "relative RMS error", numbers, levels)
         return Scene([left, right], f"After {steps[k]:,} of {steps[-1]:,} steps the relative error of one step is {film.error[k]:.3f}.")
     control = Control("frame", "training step", 0, len(steps) - 1, 1, len(steps) // 2, tuple(f"{step:,}" for step in steps))
     return Interactive("A training as a film: where one learned step sends noise whose colour and shape tell its exact end, beside the error.", [control], scene, play="frame")
@@ -563,7 +580,7 @@ def place(x: float, y: float) -> tuple:   # two controls
     "Sliders for the two coordinates of a noise point: the way to drag it by keyboard."
     return Control("x", "noise, first coordinate", -3, 3, 0.05, x), Control("y", "noise, second coordinate", -3, 3, 0.05, y)
 
-# %% ../nbs/1_plane/15_widgets.ipynb #22d69718
+# %% ../nbs/1_plane/15_widgets.ipynb #25a37c9c
 def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a trained map and its exact flow in the plane; those of the film if not given
     "A noise point to drag, with its conditional path, its exact path, Euler's polygon and the learned step."
     model, flow = trained_pair(model, flow)
@@ -577,12 +594,12 @@ def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a train
         learned = torch.cat([start, model(start, 1.0, 0.0)])
         marks = [Mark(data, "grey", "o", 3, alpha=0.6, label="data"),
                  Mark(conditional, "purple", line=1.8, dash=(2, 3), label="conditional path"), Mark(target[None], "purple", "D", 8, label="its data point"),
-                 Mark(exact, "blue", line=3, label="exact path"), Mark(exact[-1:], "blue", "o", 9, label="exact end"),
-                 Mark(euler, "orange", "s", 6, line=1.5, label="Euler steps"), Mark(learned, "red", line=1.8, dash=(7, 3), arrow=True, label="one learned step")]
+                 Mark(exact, "blue", line=3, label="exact path"), Mark(exact[-1:], "blue", "o", 8, label="exact end"),
+                 Mark(euler, "orange", "s", 6, line=1.5, label="Euler steps"), Mark(learned, "red", line=1.8, dash=(7, 3), arrow=True, label="one learned step"), Mark(start, "black", "o", 7, label="noise")]
         miss = lambda end: (end[-1] - exact[-1]).norm().item()
         text = f"Noise ({x:.2f}, {y:.2f}). Exact end ({exact[-1, 0]:.2f}, {exact[-1, 1]:.2f}). One learned step misses it by {miss(learned):.2f}, {n:.0f} Euler step{'s' if n > 1 else ''} by {miss(euler):.2f}."
         return Scene([Panel("from noise to data", marks, drag=True)], text)
-    controls = [*place(0.6, 0.9), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point of the conditional path", 1, 20, 1, 1)]
+    controls = [*place(0.25, 0.75), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point of the conditional path", 1, 20, 1, 1)]
     return Interactive("Drag the ringed noise point, or move it with the sliders, and compare four ways to the data.", controls, scene, drag=("x", "y"))
 
 # %% ../nbs/1_plane/15_widgets.ipynb #e8812b5e
@@ -594,29 +611,33 @@ def corners(f, velocity, a, t, l, s) -> dict:   # f(x, t, s); velocity(x, t); a 
     over_b, over_e = f(torch.cat([b, euler]), now(l, l), now(s, s)).split(1)
     return {"direct": torch.cat([a, c]), "jumps": torch.cat([a, b, over_b]), "euler": torch.cat([a, euler, over_e])}
 
-# %% ../nbs/1_plane/15_widgets.ipynb #09a89f81
-def triangle_panel(title: str, ways: dict, path) -> Panel:   # path (n, 2) is the exact trajectory
+# %% ../nbs/1_plane/15_widgets.ipynb #55615baf
+def triangle_panel(title: str, ways: dict, path, box) -> Panel:   # path (n, 2) is the exact trajectory; box (m, 2) is to be in sight
     "One map's triangle on its exact trajectory."
-    marks = [Mark(path, "grey", line=2.5, alpha=0.7, label="exact path"),
-             Mark(ways["euler"], "purple", line=1.8, dash=(2, 3), arrow=True, label="A → E → C over an Euler step"), Mark(ways["euler"][1:2], "purple", "D", 8, label="E"),
-             Mark(ways["jumps"], "orange", line=2, dash=(7, 3), arrow=True, label="A → B → C by two jumps"), Mark(ways["jumps"][1:2], "orange", "s", 8, label="B"),
-             Mark(ways["direct"], "blue", line=2, arrow=True, label="A → C at once"), Mark(ways["direct"][:1], "black", "o", 7, label="A")]
-    return Panel(title, marks, drag=True)
+    marks = [Mark(path, "grey", line=4, alpha=0.5, label="exact path"),
+             Mark(ways["euler"], "purple", line=2, dash=(2, 3), arrow=True, label="A → E → C, E by an Euler step"), Mark(ways["euler"][1:2], "purple", "D", 9, label="E"),
+             Mark(ways["jumps"], "orange", line=2.2, dash=(8, 4), arrow=True, label="A → B → C, two jumps"), Mark(ways["jumps"][1:2], "orange", "s", 9, label="B"),
+             Mark(ways["direct"], "blue", line=2, arrow=True, label="A → C, one jump"), Mark(ways["direct"][:1], "black", "o", 9, label="A")]
+    (x, y), half = ((box.amax(0) + box.amin(0)) / 2).tolist(), max(0.3, 0.65 * (box.amax(0) - box.amin(0)).max().item())
+    return Panel(title, marks, (x - half, x + half), (y - half, y + half), xticks=ticks(x - half, x + half), yticks=ticks(y - half, y + half))
 
-# %% ../nbs/1_plane/15_widgets.ipynb #44f73af5
+# %% ../nbs/1_plane/15_widgets.ipynb #bfefb901
 def consistency_triangle(model=None, flow=None) -> Interactive:   # a trained map and its exact flow in the plane; those of the film if not given
     "A slider over the middle time l: one jump against two, and against an Euler step and a jump, for a learned map and for the exact one."
     model, flow = trained_pair(model, flow)
-    exact = lambda x, t, s: walk(flow, x, t, s)[-1]
     @torch.no_grad()
     def scene(l, x, y):
-        a = torch.tensor([[x, y]], dtype=torch.float32)
-        path = walk(flow, a, 1.0, 0.0)[:, 0]
-        both = [corners(model, model.velocity, a, 1.0, l, 0.0), corners(exact, flow.velocity, a, 1.0, l, 0.0)]
+        a, walks = torch.tensor([[x, y]], dtype=torch.float32), []
+        def exact(x, t, s):
+            walks.append(walk(flow, x, t, s, steps=12))
+            return walks[-1][-1]
+        both = [corners(f, velocity, a, 1.0, l, 0.0) for f, velocity in ((model, model.velocity), (exact, flow.velocity))]
+        path, farthest = walks[0][:, 1], a - flow.velocity(a, torch.ones(1))     # from A to C; E for l = 0
+        box = torch.cat([path, farthest])
         gap = lambda ways, name: (ways[name][-1] - ways["direct"][-1]).norm().item()
-        panels = [triangle_panel(title, ways, path) for title, ways in zip(("learned map", "exact map"), both)]
+        panels = [triangle_panel(title, ways, path, box) for title, ways in zip(("learned map", "exact map"), both)]
         return Scene(panels, f"l = {l:.2f}. Two jumps end {gap(both[0], 'jumps'):.2f} from one jump with the learned map and {gap(both[1], 'jumps'):.2f} with the exact one; over an Euler step {gap(both[0], 'euler'):.2f} and {gap(both[1], 'euler'):.2f}.")
-    return Interactive("The consistency triangle of a learned map and of the exact one: move the middle time l, or drag the noise A.", [Control("l", "middle time l", 0, 1, 0.02, 0.6), *place(1.0, 0.5)], scene, drag=("x", "y"))
+    return Interactive("The consistency triangle of a learned map and of the exact one: move the middle time l, or the noise A.", [Control("l", "middle time l", 0, 1, 0.02, 0.4), *place(0.25, 0.75)], scene, play="l")
 
 # %% ../nbs/1_plane/15_widgets.ipynb #388628a4
 @dataclass
