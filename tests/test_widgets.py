@@ -124,7 +124,7 @@ def test_film_is_what_its_command_says(name):
 def test_films_are_small_and_listed():
     folder = widgets.film_folder()
     assert sum(path.stat().st_size for path in folder.iterdir()) < widgets.MOST_BYTES == 1_000_000
-    assert set(widgets.checksums(folder)) == {f"{name}.safetensors" for name in FILMS} and len(FILMS) == 3
+    assert set(widgets.checksums(folder)) == {f"{name}.safetensors" for name in FILMS} and len(FILMS) >= 3
 
 
 def test_film_is_the_same_each_time_and_refused_when_changed(tmp_path, monkeypatch):
