@@ -315,7 +315,7 @@ DRAG_JS = """
 export default { render };
 """
 
-# %% ../nbs/1_plane/15_widgets.ipynb #73559bdd
+# %% ../nbs/1_plane/15_widgets.ipynb #aa595042
 STYLE = """
 .soflow { color: var(--jp-content-font-color1, inherit); font-family: var(--jp-content-font-family, system-ui, sans-serif); font-size: 15px; padding: 4px 0; display: flex; flex-wrap: wrap; gap: 4px 20px; }
 .soflow-picture { display: block; flex: none; }
@@ -324,7 +324,7 @@ STYLE = """
 .soflow-item { display: inline-flex; align-items: center; gap: 6px; }
 .soflow-text { margin: 8px 0; min-height: 2.6em; line-height: 1.3; }
 .soflow-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 6px 24px; align-items: end; }
-.soflow-row { display: grid; grid-template-columns: 1fr auto; }
+.soflow-row { display: grid; grid-template-columns: 1fr auto; column-gap: 10px; align-items: end; }
 .soflow-row input { grid-column: 1 / 3; grid-row: 2; width: 100%; height: 24px; margin: 0; accent-color: var(--jp-brand-color1, #0072B2); }
 .soflow-row input:focus-visible, .soflow-play:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 .soflow-play { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 4px; width: 6em; min-height: 30px; }
@@ -589,7 +589,7 @@ def place(x: float, y: float) -> tuple:   # two controls
     "Sliders for the two coordinates of a noise point: the way to drag it by keyboard."
     return Control("x", "noise, first coordinate", -3, 3, 0.05, x), Control("y", "noise, second coordinate", -3, 3, 0.05, y)
 
-# %% ../nbs/1_plane/15_widgets.ipynb #25a37c9c
+# %% ../nbs/1_plane/15_widgets.ipynb #e2744790
 def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a trained map and its exact flow in the plane; those of the film if not given
     "A noise point to drag, with its conditional path, its exact path, Euler's polygon and the learned step."
     model, flow = trained_pair(model, flow)
@@ -608,7 +608,7 @@ def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a train
         miss = lambda end: (end[-1] - exact[-1]).norm().item()
         text = f"Noise ({x:.2f}, {y:.2f}). Exact end ({exact[-1, 0]:.2f}, {exact[-1, 1]:.2f}). One learned step misses it by {miss(learned):.2f}, {n:.0f} Euler step{'s' if n > 1 else ''} by {miss(euler):.2f}."
         return Scene([Panel("from noise to data", marks, drag=True)], text)
-    controls = [*place(0.25, 0.75), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point of the conditional path", 1, 20, 1, 1)]
+    controls = [*place(0.25, 0.75), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point to aim at", 1, 20, 1, 1)]
     return Interactive("Drag the ringed noise point, or move it with the sliders, and compare four ways to the data.", controls, scene, drag=("x", "y"))
 
 # %% ../nbs/1_plane/15_widgets.ipynb #e8812b5e
