@@ -439,8 +439,8 @@ def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # 
     plt.close(figure)
     return alone(html).replace("<img id=", f'<img alt="{interactive.about}" id=')
 
-# %% ../nbs/1_plane/15_widgets.ipynb #ab5a6f75
-SIGNS = {"minus": "−", "fast-backward": "⏮", "step-backward": "|◀", "play fa-flip-horizontal": "◀", "pause": "❚❚", "play": "▶", "step-forward": "▶|", "fast-forward": "⏭", "plus": "+"}
+# %% ../nbs/1_plane/15_widgets.ipynb #72b08c25
+SIGNS = {"minus": "−", "fast-backward": "|◀◀", "step-backward": "|◀", "play fa-flip-horizontal": "◀", "pause": "❚❚", "play": "▶", "step-forward": "▶|", "fast-forward": "▶▶|", "plus": "+"}
 
 def alone(html: str) -> str:
     "An animation without anything from the net."
