@@ -1,4 +1,4 @@
-# make demo | test | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
+# make demo | test | browser | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lab notebooks export readme clean
+.PHONY: demo test browser lab notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
@@ -17,6 +17,12 @@ test: $(STAMP)
 	$(BIN)/python nbs/book.py check
 	$(BIN)/ruff check nbs soflow_edu tests setup.py
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+# What tests/test_browser.py needs beyond Python: a Chromium (Debian's, if none is here) and playwright-core in tests/browser/node_modules.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || { SUDO=$$(test "$$(id -u)" = 0 || echo "sudo -n"); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium; }
+	command -v npm || { echo "make browser needs Node.js with npm: install it, then run this again." >&2; exit 1; }
+	test -e tests/browser/node_modules/playwright-core || npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/browser
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --ServerApp.root_dir=nbs nbs/0_start/00_start.ipynb

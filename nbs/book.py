@@ -159,9 +159,10 @@ def execute(path: Path) -> float:
 
 
 def merged(outputs) -> list:
-    "Outputs with consecutive pieces of one stream joined, as a reader sees them, and progress bars left out."
+    "Outputs with consecutive pieces of one stream joined, as a reader sees them; progress bars, and what is live only with a kernel, are left out."
     kept = []
     for output in outputs:
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         if output.output_type == "stream" and output.name == "stderr" and "\r" in output.text:
             continue
         if kept and output.output_type == "stream" == kept[-1].output_type and kept[-1].name == output.name:

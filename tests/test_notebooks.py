@@ -48,7 +48,7 @@ def test_form(path):
     text = path.read_text(encoding="utf-8")
     assert len(text) < 1.5e6
     assert not re.search(r"/(?:home|root|work|Users|tmp)/[\w.]", text), "names a path of a machine"
-    assert "widget-state" not in text
+    assert "widget-state" not in text and "widget-view" not in text, "holds a widget, which is dead without its kernel"
     lines = [len([line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]) for cell in book.code_cells(book.read(path))]
     assert max(lines) <= 40 and statistics.median(lines) <= 6
     assert all(output.data.get("text/plain", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"

@@ -12,7 +12,7 @@ from pathlib import Path
 from soflow_edu.config import CATALOGUE, describe, find, build
 
 ROOT = Path(__file__).parent.parent
-PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training cli".split()
+PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training widgets cli".split()
 
 
 def cpu_seconds(*arguments):
@@ -45,7 +45,7 @@ def test_imports_cost_little_beside_torch():
 
 
 def test_heavy_libraries_are_not_imported():
-    code = "import sys; import " + ", ".join(f"soflow_edu.{name}" for name in PLANE) + "; print([m for m in ('sklearn', 'torchdiffeq', 'scipy', 'matplotlib', 'ipywidgets', 'nbdev', 'fastcore') if m in sys.modules])"
+    code = "import sys; import " + ", ".join(f"soflow_edu.{name}" for name in PLANE) + "; print([m for m in ('sklearn', 'torchdiffeq', 'scipy', 'matplotlib', 'ipywidgets', 'anywidget', 'nbdev', 'fastcore') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -64,6 +64,8 @@ def test_wheel_works_outside_the_repository(tmp_path):
     wheel, = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "soflow_edu/configs/plane.yaml" in names and {f"soflow_edu/{name}.py" for name in PLANE} <= set(names)
+    frames = [part for part in zipfile.ZipFile(wheel).infolist() if part.filename.startswith("soflow_edu/frames/")]
+    assert {"eight_gaussians.safetensors", "SHA256SUMS"} <= {Path(part.filename).name for part in frames} and sum(part.file_size for part in frames) < 1_000_000
     assert not [name for name in names if name.startswith(("tests", "nbs", "data"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
