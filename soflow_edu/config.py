@@ -197,7 +197,7 @@ def load_config(name: str) -> Config:   # "plane", or the path of a YAML file
     if Path(name).suffix in (".yaml", ".yml"): return make_config(read_yaml(Path(name)))
     raise unknown("configuration", name, shipped)
 
-# %% ../nbs/0_start/01_config.ipynb #fc4516a8
+# %% ../nbs/0_start/01_config.ipynb #9db8dd7e
 @contextmanager
 def replacing(path):   # where the file is to stand
     "Yields a temporary path; renames it to `path` at the end, or removes it if an exception is raised."
@@ -205,9 +205,9 @@ def replacing(path):   # where the file is to stand
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
-    os.chmod(temporary, 0o644)
     try:
         yield Path(temporary)
+        os.chmod(temporary, 0o644)     # a writer may have made a private file of its own
         os.replace(temporary, path)
     finally: Path(temporary).unlink(missing_ok=True)
 
