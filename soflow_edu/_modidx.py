@@ -261,6 +261,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'soflow_edu.diagnosis.record_of': ('1_plane/diagnosis.html#record_of', 'soflow_edu/diagnosis.py'),
                                       'soflow_edu.diagnosis.reference_of': ( '1_plane/diagnosis.html#reference_of',
                                                                              'soflow_edu/diagnosis.py'),
+                                      'soflow_edu.diagnosis.report_run': ('1_plane/diagnosis.html#report_run', 'soflow_edu/diagnosis.py'),
                                       'soflow_edu.diagnosis.rewired': ('1_plane/diagnosis.html#rewired', 'soflow_edu/diagnosis.py'),
                                       'soflow_edu.diagnosis.same': ('1_plane/diagnosis.html#same', 'soflow_edu/diagnosis.py'),
                                       'soflow_edu.diagnosis.shape_of': ('1_plane/diagnosis.html#shape_of', 'soflow_edu/diagnosis.py'),

@@ -6,9 +6,10 @@ __all__ = ['WRONG_TIMES', 'SHORT', 'RECIPES', 'BREAKS', 'LENGTHS', 'MEASURES', '
            'stale_average', 'rewired', 'patient', 'Probe', 'View', 'MirrorView', 'suspicions', 'solved', 'ratio',
            'reference_of', 'noise_end', 'Posterior', 'at_rest', 'jumps', 'velocity_error', 'error_of', 'undo',
            'laws_of_maps', 'laws_of_samples', 'record_of', 'coverage', 'holds', 'Pattern', 'undone', 'Diagnosis',
-           'passed', 'examine', 'diagnose', 'open_run', 'same', 'toys', 'prepare', 'shape_of', 'draw_diagnosis']
+           'passed', 'examine', 'diagnose', 'open_run', 'same', 'toys', 'prepare', 'shape_of', 'report_run',
+           'draw_diagnosis']
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #ea9859a7
+# %% ../nbs/1_plane/14_diagnosis.ipynb #726d256e
 import operator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,10 @@ from pathlib import Path
 import torch
 
 from .comparing import evaluating, wasserstein
-from .config import COLOURS, Config, InputError, build, canvas, describe, load_config, names, unknown
+from .config import COLOURS, InputError, build, canvas, describe, load_config, names, unknown
 from .consistency import SoFlow
 from .distributions import FiniteSet, law_of
-from .flow_matching import Loss, mse, noise_like
+from .flow_matching import Loss, mse
 from .odes import ExactFlow, IntegrationError, OdeFlow
 from .paths import LinearPath, expand
 from .solution import EulerCoefficients, SolutionModel, check_span, identity_defect, invariance_residual, ode_residual, rms, semigroup_defect
@@ -56,12 +57,12 @@ class Mirrored(SoFlow):
         return super().loss(model, replace(batch, x0=draws.x1), replace(draws, x1=batch.x0), progress)
     spec = WithoutStop.spec
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #4d37f512
+# %% ../nbs/1_plane/14_diagnosis.ipynb #d6863e50
 class Miswired(torch.nn.Module):
     "A network behind a call that gives it other times than it was trained with."
     def __init__(self, net, wrong):   # wrong(t, d) -> the two times that the network gets
         super().__init__()
-        self.net, self.wrong, self.classes = net, wrong, getattr(net, "classes", 0)
+        self.net, self.wrong, self.classes, self.options = net, wrong, getattr(net, "classes", 0), getattr(net, "options", {})
     def forward(self, x, t, d, y=None): return self.net(x, *self.wrong(t, d), y)
     def spec(self): return self.net.spec()
 
@@ -120,11 +121,11 @@ def patient(name: str,                        # a key of RECIPES, to be trained,
 # %% ../nbs/1_plane/14_diagnosis.ipynb #5461ce08
 LENGTHS = {"short": (0.05, 0.2), "middle": (0.3, 0.5), "long": (0.6, 0.9), "corner": (1.0, 1.0)}   # of t - s
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #490f0903
+# %% ../nbs/1_plane/14_diagnosis.ipynb #ea4bf628
 class Probe:
     "The points, times and labels at which a model is examined, and what is known of the truth there. Row blocks of `count` have the LENGTHS."
-    def __init__(self, model, flow, source, x1, y, count, seed):   # source: anything with sample(n, generator), or None
-        self.model, self.flow, self.source, self.count, self.seed = model, flow, source, count, seed
+    def __init__(self, model, flow, source, x1, y, count, seed, labelled=False):   # source: anything with sample(n, generator), or None; labelled: its labels are used if y is None
+        self.model, self.flow, self.source, self.count, self.seed, self.labelled = model, flow, source, count, seed, labelled
         self.path, rows = getattr(flow, "path", None) or getattr(model, "path", None) or LinearPath(), torch.arange(4 * count)
         self.x1, self.y = x1[rows % len(x1)], None if y is None else y[rows % len(y)]
         self.x0 = self.fresh_data()
@@ -150,7 +151,7 @@ class Probe:
         if self.flow is not None and (self.y is not None or self.source is None): return self.flow.solution(self.noise(4), 1.0, 0.0, self.y)
         if self.source is None: return None
         x0, y = self.source.sample(len(self.x1), self.generator(5))
-        if self.y is None and getattr(self.model, "conditional", False): self.y = y.to(self.x1.device)
+        if self.labelled: self.y = y.to(self.x1.device)
         return x0.to(self.x1)
 
     def points(self, t, stream):   # (4 count,) -> (4 count, ...)
@@ -297,15 +298,15 @@ def laws_of_maps(view, probe, target) -> dict:
     there = probe.flow.solution(x, t, end, y)
     return found | {"inverse": ratio(solved(probe.flow, f(x, t, end), end, t, y) - x, there - x)}
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #e950b152
+# %% ../nbs/1_plane/14_diagnosis.ipynb #f3ed9024
 def laws_of_samples(view, probe, target) -> dict:
-    "Marginals, spread, two jumps instead of one, and speed."
+    "Marginals, spread, two jumps instead of one, speed and way."
     corner, y = probe.rows("corner"), probe.y
     x1, ends, label = probe.noise(8), target[corner], probe.label(corner)
     deviation = lambda z: rms(z - z.mean(0))
     one, x = view.solution(x1, 1.0, 0.0, y), probe.x[corner]
     two = view.solution(view.solution(x, 1.0, 0.5, label), 0.5, 0.0, label)
-    found = {"spread": deviation(one) / deviation(probe.x0 if probe.knows_law else x1),
+    found = {"way": ratio(one - x1, x1), "spread": deviation(one) / deviation(probe.x0 if probe.knows_law else x1),
              "two_jumps": ratio(two - ends, view.solution(x, 1.0, 0.0, label) - ends),
              "speed": rms(view.velocity(probe.xv, probe.tv, y)) / max(rms(probe.xv if probe.v is None else probe.v), 1e-12)}
     for s in (0.75, 0.5, 0.25, 0.0) if probe.knows_law else ():
@@ -322,20 +323,20 @@ def record_of(run) -> dict:   # a Run, or None -> settings by dotted name
     settings = flat("objective", run.objective) | {name: getattr(run.config, name) for name in ("learning_rate", "ema", "seed")} | {"data": str(run.config.data), "steps": run.step}
     return {key: value for key, value in settings.items() if not key.startswith(unused or "-")}
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #38e46780
+# %% ../nbs/1_plane/14_diagnosis.ipynb #cc6f46cd
 def coverage(run) -> float:
     "Share of training pairs with t > 0.9 and s < 0.1; NaN if the run's time law isn't known."
     if run is None or not isinstance(run.objective.get("times"), dict): return torch.nan
-    given = {key: value for key, value in run.objective["times"].items() if run.objective["times"]["name"] != "published" or key in ("name", "variant")}
-    t, s = build("times", given).sample(50_000, torch.Generator().manual_seed(0))
+    t, s = build("times", run.objective["times"]).sample(50_000, torch.Generator().manual_seed(0))
     return ((t > 0.9) & (s < 0.1)).float().mean().item()
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #98bb8509
+# %% ../nbs/1_plane/14_diagnosis.ipynb #72f45d68
 MEASURES = {   # name: (limit of what is sound, what it says)
     "velocity": (0.4, "error of the velocity read-out (without truth and data: at t = 1 only)"),
     "noise_end": (0.4, "error of v(x, 1) - v(x', 1), known for every law"),
     "at_rest": (None, "what reweighting with p = 1 would move the velocity"),
     "speed": (None, "size of the velocity over that of the reference"),
+    "way": (None, "how far one step moves noise, over the size of noise"),
     "short": (0.4, "error of jumps with t - s from 0.05 to 0.2"), "middle": (0.4, "... from 0.3 to 0.5"),
     "long": (0.45, "... from 0.6 to 0.9"), "corner": (0.45, "error of the jump from 1 to 0: samples in one step"),
     "bend_middle": (None, "share of the bend of trajectories in middle jumps: 0 straight, 1 right"), "bend_long": (None, "... in long jumps"),
@@ -385,17 +386,18 @@ UNDONE = (
     undone("sign_of_F", READ, "The network's output has the wrong sign, in velocity and jumps.", "The weights were trained for f = a x - b F, or for the velocity from noise to data.", "Negate the output of the network. The weights are good."),
     undone("stale_average", READ, "The averaged weights are far behind: the last weights do much better.", "The average holds too much of the initial weights: its decay is too close to 1 for so few steps, or it was not warmed up, or never updated.", "Use the last weights, or lower the decay: 1 - decay should be well above 1 / steps. Warm the average up.", ("ema", "steps")))
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #779a930c
+# %% ../nbs/1_plane/14_diagnosis.ipynb #77dea7ce
 RIGHT = "velocity < 0.4"
 TRAINED = (
     Pattern("identity", ("identity > 0.05",), "f(x, t, t) is not x.", "The coefficients: a(t, t) = 1 and b(t, t) = 0 do not both hold, or the map is computed from the network alone.", "Use f = a x + b F with coefficients that leave x alone at s = t."),
-    Pattern("still", ("velocity > 0.7", "speed < 0.4"), "The model hardly moves its points: it is as good as untrained.", "The average holds little but the initial weights, or the run was too short, or its learning rate near zero. From one set of weights these can't be told apart; a run, which holds both sets, can be examined further.", "Look at the loss: if it fell, the average is stale (use the last weights, lower the decay, warm it up); if not, train longer or raise the learning rate.", ("ema", "steps", "learning_rate")),
+    Pattern("still", ("velocity > 0.7", "speed < 0.4", "way < 0.4"), "The model hardly moves its points: it is as good as untrained.", "The average holds little but the initial weights, or the run was too short, or its learning rate near zero. From one set of weights these can't be told apart; a run, which holds both sets, can be examined further.", "Look at the loss: if it fell, the average is stale (use the last weights, lower the decay, warm it up); if not, train longer or raise the learning rate.", ("ema", "steps", "learning_rate")),
     Pattern("mode_seeking", ("velocity > 0.2", "at_rest < 0.3 velocity"), "The velocity seeks modes where it should be a mean: it is at rest under weights with p = 1.", "The adaptive weight: p > 0 in few dimensions.", "Set p = 0 for points in the plane; p = 1 does little harm in hundreds of dimensions.", ("objective.p", "objective.eps")),
-    Pattern("r_is_one", (RIGHT, "unbent < 0.2", "long > 0.4"), "The velocity is right, and every jump is one straight step of it.", "r stayed at 1 (which is flow matching for every s), or f(x_t, t, s) was trained towards x_s of its pair beside a velocity loss; both have the same minimiser.", "Let r fall: a schedule from 1 to 0.05 or less, given the progress of the run in [0, 1].", ("objective.schedule.name", "objective.schedule.r_init", "objective.schedule.r_end")),
+    Pattern("r_is_one", (RIGHT, "unbent < 0.15", "long > 0.4"), "The velocity is right, and every jump is one straight step of it.", "r stayed at 1 (which is flow matching for every s), or f(x_t, t, s) was trained towards x_s of its pair beside a velocity loss; both have the same minimiser.", "Let r fall: a schedule from 1 to 0.05 or less, given the progress of the run in [0, 1].", ("objective.schedule.name", "objective.schedule.r_init", "objective.schedule.r_end")),
     Pattern("no_stop_gradient", (RIGHT, "short > 0.6", "bend_middle < 0"), "The velocity is right, but already short jumps contract towards the mean.", "The stop-gradient is missing: the loss also moves f(x_l, l, s), and is then smallest for a map that forgets its input.", "Compute f(x_l, l, s) under torch.no_grad() or detach() it.", ("objective.name",)),
+    Pattern("tangent", (RIGHT, "tangent > 0.3"), "The map does not set off with the velocity that is read out.", "db is not the derivative of b along s at s = t, or one of the two has a factor that the other lacks.", "Make db(t) the derivative of b(t, s) along s at s = t."),
     Pattern("collapsed", ("spread < 0.3",), "Samples in one step collapse to the mean.", "f(x_t, t, 0) was trained towards x0, whose minimiser is the mean of all x0 that fit x_t; or no velocity loss was there to hold the map.", "Train with the consistency loss: f(x_t, t, s) towards the stopped f(x_l, l, s), with a share lam of velocity loss.", ("objective.name", "objective.lam")),
-    Pattern("corner", (RIGHT, "middle < 0.45", "corner > 0.35", "corner > 1.5 long"), "All is well but in the corner (t, s) = (1, 0), where samples in one step come from.", "The time law never draws t near 1 together with s near 0.", "Draw the corner: times: corner, or uniform ones. Until then sample in two steps.", ("objective.times.name", "objective.times.t", "objective.times.s")),
-    Pattern("unfinished", (RIGHT, "corner > 0.45"), "The velocity is right, long jumps are not yet.", "r ended too high, or the run was too short for the jumps to follow.", "Train longer, or lower r_end.", ("objective.schedule.name", "objective.schedule.r_end", "steps")),
+    Pattern("corner", (RIGHT, "middle < 0.45", "corner > 0.35", "corner > 1.4 long"), "All is well but in the corner (t, s) = (1, 0), where samples in one step come from.", "The time law never draws t near 1 together with s near 0.", "Draw the corner: times: corner, or uniform ones. Until then sample in two steps.", ("objective.times.name", "objective.times.t", "objective.times.s")),
+    Pattern("unfinished", (RIGHT, "jumps_passed > 0", "bend_long > 0.15"), "The velocity is right, long jumps are not yet.", "r ended too high, or the run was too short for the jumps to follow.", "Train longer, or lower r_end.", ("objective.schedule.name", "objective.schedule.r_end", "steps")),
     Pattern("wrong_velocity", ("velocity > 0.4",), "The velocity is wrong, so the jumps can't be right.", "Other data, another scale of the data or another path than in training, or far too few steps.", "Train the velocity alone first (objective: flow_matching) and examine again. Check path, normalisation, labels.", ("data", "steps", "learning_rate")))
 
 # %% ../nbs/1_plane/14_diagnosis.ipynb #b8c9cadf
@@ -404,7 +406,7 @@ SOUND = Pattern("sound", ("passed < 1",), "No bug found.", "All that was measure
 UNKNOWN = Pattern("unknown", (), "Something is wrong that no pattern describes.", "See the measurements that are marked.", "Begin with the first marked measurement: velocity before short jumps, short before long.")
 PATTERNS = (NOT_FINITE, *UNDONE, *TRAINED, SOUND, UNKNOWN)
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #a4abbdd4
+# %% ../nbs/1_plane/14_diagnosis.ipynb #ceb31db9
 @dataclass
 class Diagnosis:
     "Findings, the pattern that they fit, and what to do."
@@ -426,8 +428,9 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         "Verdict, cause and remedy in words, with the settings of the run that they speak of."
+        blind = "noise_end" in self.measures and self.measures["velocity"] == self.measures["noise_end"]
         quoted = ", ".join(f"{key.removeprefix('objective.')} = {value}" for key, value in self.settings.items())
-        lines = [("Verdict", self.pattern.verdict), ("Cause", self.pattern.cause), ("Do", self.pattern.remedy)] + ([("This run", quoted + ".")] if quoted else [])
+        lines = [("Verdict", self.pattern.verdict), ("Cause", self.pattern.cause), ("Do", self.pattern.remedy)] + ([("This run", quoted + ".")] if quoted else []) + ([("Note", "Without truth or data the velocity could be judged at t = 1 only.")] if blind else [])
         return "\n".join(f"{head:9s} {text}" for head, text in lines)
 
     @property
@@ -444,7 +447,7 @@ def passed(name, measures) -> bool:
     "Whether a measurement lies beyond its limit."
     return MEASURES[name][0] is not None and not measures[name] <= MEASURES[name][0]
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #92de5094
+# %% ../nbs/1_plane/14_diagnosis.ipynb #a57651cb
 def examine(model, probe, raw=None) -> dict:
     "All measurements of a model; only `finite` if it returns numbers that are not."
     view = View(model)
@@ -458,13 +461,14 @@ def examine(model, probe, raw=None) -> dict:
     m = {"finite": finite, "velocity": velocity_error(view, probe), "noise_end": noise_end(view, probe), "at_rest": at_rest(view, probe)}
     m |= jumps(view, probe, probe.target) | laws_of_maps(view, probe, probe.target) | laws_of_samples(view, probe, probe.target) | undo(model, probe, raw)
     m = {name: value for name, value in m.items() if value == value}
-    return m | {"passed": sum(passed(name, m) for name in m if name in MEASURES)}
+    beyond = [name for name in m if name in MEASURES and passed(name, m)]
+    return m | {"passed": len(beyond), "jumps_passed": len({*beyond} & {*LENGTHS, "semigroup"})}
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #5aee7ca2
+# %% ../nbs/1_plane/14_diagnosis.ipynb #b9f7b346
 def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run, or the folder of one
              flow=None,            # the truth: ExactFlow, or the OdeFlow of a teacher; for the run of a toy its exact flow if not given
              data=None,            # without a truth: points (N, ...), or anything with sample(n, generator)
-             x1=None, y=None,      # noise (B, ...) and labels (B,), needed if nothing else tells the shape of the data
+             x1=None, y=None,      # noise (B, ...), needed if nothing else tells the shape of the data, and its labels (B,); beside points y are their labels (N,)
              *, count: int = 128,  # points for each length of jumps
              seed: int = 0) -> Diagnosis:
     "Examines a model and names the likeliest bug. Raises InputError if it is no model, or if shapes or labels do not fit."
@@ -472,7 +476,7 @@ def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run
     if isinstance(model, str | Path): model = open_run(model)
     if isinstance(model, Run):
         run, raw, model = model, model.model if model.ema and not same(model.model.state_dict(), model.ema) else None, trained(model)
-        if flow is None and data is None and run.config.data in toys(): flow = ExactFlow(law_of(run.config.data), model.path, rtol=1e-6)
+        if flow is None and data is None and run.config.data in toys(): flow = ExactFlow(law_of(run.config.data), model.path, rtol=1e-5)
     if not callable(getattr(model, "solution", model)): raise InputError(f"A {type(model).__name__} cannot be diagnosed. Give a SolutionModel, a map f(x, t, s, y), a Run, or the folder of one.")
     if flow is not None and not (hasattr(flow, "solution") and hasattr(flow, "velocity")): raise InputError(f"The truth is a {type(flow).__name__}, but needs velocity and solution. Give ExactFlow(law, path), or OdeFlow(teacher).")
     if flow is not None and data is not None: raise InputError("Both a flow and data were given. Give the flow if the truth is known, else the data.")
@@ -483,17 +487,19 @@ def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run
     pattern = next(pattern for pattern in PATTERNS if pattern.fits(m))
     return Diagnosis(m, pattern, record_of(run), "the truth" if flow is not None else "the model's own velocity" + (", and data" if data is not None else ""), probe)
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #be4761a6
+# %% ../nbs/1_plane/14_diagnosis.ipynb #a01b40d1
 def open_run(folder) -> Run:
     "The run of a folder: with its last weights if there is a checkpoint, else with the averaged ones only."
     return resume_run(folder) if (Path(folder) / "checkpoint.safetensors").is_file() else load_run(folder)
 def same(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-def toys() -> list: return [name for name in names("data")]
+def toys() -> list: return names("data")
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #dad52ea5
+# %% ../nbs/1_plane/14_diagnosis.ipynb #b89020e8
 def prepare(model, flow, data, x1, y, count, seed) -> Probe:
     "The probe of a model. Raises InputError if the shape of the data is unknown, or if what was given does not fit."
-    if isinstance(data, torch.Tensor): data = FiniteSet(data, y if y is not None and len(y) == len(data) else None)
+    labelled = getattr(model, "conditional", False) and y is None and not isinstance(data, torch.Tensor)
+    if isinstance(data, torch.Tensor): data, labelled, y = FiniteSet(data, y), y is not None, None
+    if data is not None and y is not None: raise InputError("Labels were given beside data that are drawn with their own. Leave the labels out, or give points (N, ...) with one label each.")
     source = data if data is not None else flow if hasattr(flow, "sample") else None
     if data is not None and not hasattr(data, "sample"): raise InputError(f"The data are a {type(data).__name__}. Give points (N, ...), or anything with sample(n, generator).")
     g = torch.Generator().manual_seed(seed)
@@ -502,19 +508,27 @@ def prepare(model, flow, data, x1, y, count, seed) -> Probe:
     if source is not None and source.sample(1, g)[0].shape[1:] != shape: raise InputError(f"The noise has shape {tuple(x1.shape)}, but the data (B, {', '.join(map(str, source.sample(1, g)[0].shape[1:]))}). Give noise of the shape of the data.")
     if y is not None and len(y) != len(x1): raise InputError(f"There are {len(y)} labels for {len(x1)} noises. Give one for each.")
     device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else x1.device
-    return Probe(model, flow, source, x1.to(device), None if y is None else y.to(device), count, seed)
+    return Probe(model, flow, source, x1.to(device), None if y is None else y.to(device), count, seed, labelled)
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #fc50c5b4
+# %% ../nbs/1_plane/14_diagnosis.ipynb #eea962ef
 def shape_of(model) -> tuple:
-    "The shape of the points that a network for the plane takes. Raises InputError for others, which do not say."
+    "The shape of the points that a network for the plane takes. Raises InputError for networks that do not say."
     options = getattr(getattr(model, "net", None), "options", {})
     if "dim" not in options: raise InputError("Nothing tells the shape of the data. Give noise: diagnose(model, x1=torch.randn(64, ...)), or data.")
     return (options["dim"],)
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #87f8c92e
+# %% ../nbs/1_plane/14_diagnosis.ipynb #97c3b8de
+def report_run(folder) -> Diagnosis:   # the folder of a run
+    "Prints the measurements and the verdict of a run, and returns the diagnosis. Raises InputError as diagnose."
+    diagnosis = diagnose(folder)
+    print(diagnosis)
+    return diagnosis
+
+# %% ../nbs/1_plane/14_diagnosis.ipynb #bfe5fc6e
 def draw_diagnosis(d: Diagnosis):
     "Findings beside their limits, error and bend by length, the laws at four times, and in the plane the samples in one step."
     m, plane = d.measures, d.probe.x1.shape[1:] == (2,)
+    if "corner" not in m: raise InputError("There is nothing to draw, since the model returns NaN or infinite numbers.")
     figure, axes = canvas(3 + plane, width=3.1, height=3.0)
     shown = [name for name in MEASURES if name in m and MEASURES[name][0] is not None and not name.startswith("law")]
     for i, name in enumerate(reversed(shown)):
@@ -524,12 +538,14 @@ def draw_diagnosis(d: Diagnosis):
     bends = [name for name in LENGTHS if f"bend_{name}" in m]
     axes[1].plot(bends, [m[name] for name in bends], label="error (0: exact, 1: no jump)")
     axes[1].plot(bends, [m[f"bend_{name}"] for name in bends], label="bend (1: exact, 0: straight)")
-    axes[1].set(title="jumps by length", ylim=(min(-0.2, *(m[f"bend_{name}"] for name in bends)), max(1.5, *(m[name] for name in bends))))
-    axes[1].legend()
+    ends = [m[key] for name in bends for key in (name, f"bend_{name}")]
+    axes[1].set(title="jumps by length", ylim=(min(-0.2, *ends) - 0.1, max(1.2, *ends) + 0.9))                  # room for the legend
+    axes[1].legend(loc="upper left")
     laws = [name for name in m if name.startswith("law_")]
     axes[2].plot([float(name[4:]) for name in laws], [m[name] for name in laws])
     axes[2].axhline(1, color=COLOURS["grey"])
-    axes[2].set(xlabel="time s", title="W2 of f(x1, 1, s) over its floor", xlim=(1, -0.03))
+    axes[2].set(xlabel="time s", title="W2 of f(x1, 1, s) over its floor", xlim=(1, -0.03), ylim=(0, max([3.0] + [1.1 * m[name] for name in laws])))
+    if not laws: axes[2].set_axis_off()
     if plane:
         if d.probe.knows_law: plot_points(axes[3], d.probe.x0, size=3)
         axes[3].scatter(*View(d.probe.model).solution(d.probe.x1, 1.0, 0.0, d.probe.y).cpu().T, s=3, color=COLOURS["red"])
