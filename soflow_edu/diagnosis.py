@@ -28,7 +28,7 @@ from .solution import EulerCoefficients, SolutionModel, check_span, identity_def
 from .toys import plot_points
 from .training import Run, assemble, load_run, resume_run, train, trained
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #651fadca
+# %% ../nbs/1_plane/14_diagnosis.ipynb #28cf1716
 class WithoutStop(SoFlow):
     "SoFlow whose consistency loss also moves f(x_l, l, s): the stop-gradient is missing."
     def loss(self, model, batch, draws, progress):
@@ -39,7 +39,7 @@ class WithoutStop(SoFlow):
         gap = model(xt, t, s, y) - model(xt - expand(t - l, xt) * v, l, s, y)          # no detach() on the second
         scm = (gap.pow(2).flatten(1).mean(1) / ((t - l) * (t - s))).mean()
         return Loss(self.lam * fm + (1 - self.lam) * scm, {"velocity_mse": fm.detach(), "solution_mse": scm.detach()})
-    def spec(self): return {"name": "soflow, broken"} | {key: value for key, value in describe(SoFlow(**vars(self))).items() if key != "name"}
+    def spec(self): return describe(SoFlow(**vars(self)))
 
 # %% ../nbs/1_plane/14_diagnosis.ipynb #2f7019d7
 class TowardsData(SoFlow):
@@ -386,16 +386,16 @@ UNDONE = (
     undone("sign_of_F", READ, "The network's output has the wrong sign, in velocity and jumps.", "The weights were trained for f = a x - b F, or for the velocity from noise to data.", "Negate the output of the network. The weights are good."),
     undone("stale_average", READ, "The averaged weights are far behind: the last weights do much better.", "The average holds too much of the initial weights: its decay is too close to 1 for so few steps, or it was not warmed up, or never updated.", "Use the last weights, or lower the decay: 1 - decay should be well above 1 / steps. Warm the average up.", ("ema", "steps")))
 
-# %% ../nbs/1_plane/14_diagnosis.ipynb #77dea7ce
+# %% ../nbs/1_plane/14_diagnosis.ipynb #fcaa0b97
 RIGHT = "velocity < 0.4"
 TRAINED = (
     Pattern("identity", ("identity > 0.05",), "f(x, t, t) is not x.", "The coefficients: a(t, t) = 1 and b(t, t) = 0 do not both hold, or the map is computed from the network alone.", "Use f = a x + b F with coefficients that leave x alone at s = t."),
     Pattern("still", ("velocity > 0.7", "speed < 0.4", "way < 0.4"), "The model hardly moves its points: it is as good as untrained.", "The average holds little but the initial weights, or the run was too short, or its learning rate near zero. From one set of weights these can't be told apart; a run, which holds both sets, can be examined further.", "Look at the loss: if it fell, the average is stale (use the last weights, lower the decay, warm it up); if not, train longer or raise the learning rate.", ("ema", "steps", "learning_rate")),
     Pattern("mode_seeking", ("velocity > 0.2", "at_rest < 0.3 velocity"), "The velocity seeks modes where it should be a mean: it is at rest under weights with p = 1.", "The adaptive weight: p > 0 in few dimensions.", "Set p = 0 for points in the plane; p = 1 does little harm in hundreds of dimensions.", ("objective.p", "objective.eps")),
     Pattern("r_is_one", (RIGHT, "unbent < 0.15", "long > 0.4"), "The velocity is right, and every jump is one straight step of it.", "r stayed at 1 (which is flow matching for every s), or f(x_t, t, s) was trained towards x_s of its pair beside a velocity loss; both have the same minimiser.", "Let r fall: a schedule from 1 to 0.05 or less, given the progress of the run in [0, 1].", ("objective.schedule.name", "objective.schedule.r_init", "objective.schedule.r_end")),
-    Pattern("no_stop_gradient", (RIGHT, "short > 0.6", "bend_middle < 0"), "The velocity is right, but already short jumps contract towards the mean.", "The stop-gradient is missing: the loss also moves f(x_l, l, s), and is then smallest for a map that forgets its input.", "Compute f(x_l, l, s) under torch.no_grad() or detach() it.", ("objective.name",)),
+    Pattern("no_stop_gradient", (RIGHT, "short > 0.6", "bend_middle < 0"), "The velocity is right, but already short jumps contract towards the mean.", "The stop-gradient is missing: the loss also moves f(x_l, l, s), and is then smallest for a map that forgets its input.", "Compute f(x_l, l, s) under torch.no_grad() or detach() it."),
     Pattern("tangent", (RIGHT, "tangent > 0.3"), "The map does not set off with the velocity that is read out.", "db is not the derivative of b along s at s = t, or one of the two has a factor that the other lacks.", "Make db(t) the derivative of b(t, s) along s at s = t."),
-    Pattern("collapsed", ("spread < 0.3",), "Samples in one step collapse to the mean.", "f(x_t, t, 0) was trained towards x0, whose minimiser is the mean of all x0 that fit x_t; or no velocity loss was there to hold the map.", "Train with the consistency loss: f(x_t, t, s) towards the stopped f(x_l, l, s), with a share lam of velocity loss.", ("objective.name", "objective.lam")),
+    Pattern("collapsed", ("spread < 0.3",), "Samples in one step collapse to the mean.", "f(x_t, t, 0) was trained towards x0, whose minimiser is the mean of all x0 that fit x_t; or no velocity loss was there to hold the map.", "Train with the consistency loss: f(x_t, t, s) towards the stopped f(x_l, l, s), with a share lam of velocity loss.", ("objective.lam",)),
     Pattern("corner", (RIGHT, "middle < 0.45", "corner > 0.35", "corner > 1.4 long"), "All is well but in the corner (t, s) = (1, 0), where samples in one step come from.", "The time law never draws t near 1 together with s near 0.", "Draw the corner: times: corner, or uniform ones. Until then sample in two steps.", ("objective.times.name", "objective.times.t", "objective.times.s")),
     Pattern("unfinished", (RIGHT, "jumps_passed > 0", "bend_long > 0.15"), "The velocity is right, long jumps are not yet.", "r ended too high, or the run was too short for the jumps to follow.", "Train longer, or lower r_end.", ("objective.schedule.name", "objective.schedule.r_end", "steps")),
     Pattern("wrong_velocity", ("velocity > 0.4",), "The velocity is wrong, so the jumps can't be right.", "Other data, another scale of the data or another path than in training, or far too few steps.", "Train the velocity alone first (objective: flow_matching) and examine again. Check path, normalisation, labels.", ("data", "steps", "learning_rate")))
