@@ -5,14 +5,16 @@ __all__ = ['STUB', 'WRITTEN_STUB', 'WRITTEN', 'GradingError', 'read_notebook', '
            'Assignment', 'read_assignment', 'add_to', 'check_assignment', 'without', 'unmarked', 'tagged',
            'nbgrader_metadata', 'number', 'instructor_cells', 'student_cells', 'solution_cells', 'rubric', 'personal',
            'TurnedMixture', 'personal_mixture', 'close', 'verdict', 'compared', 'check', 'attempt', 'played', 'passes',
-           'rehearse', 'read_course', 'build_course', 'stage', 'patient', 'open_nbgrader', 'spaceless', 'last_line',
-           'Result', 'mark', 'read_marks', 'reason', 'feedback', 'read_written', 'enter_written', 'submissions_of',
-           'assignment_of', 'grade_course', 'write_results', 'marks_table']
+           'run', 'rehearse', 'read_course', 'build_course', 'stage', 'in_words', 'patient', 'open_nbgrader',
+           'spaceless', 'last_line', 'Result', 'mark', 'read_marks', 'reason', 'feedback', 'read_written',
+           'enter_written', 'submissions_of', 'assignment_of', 'grade_course', 'write_results', 'marks_table']
 
-# %% ../nbs/4_practice/01_grading.ipynb #346d5708
+# %% ../nbs/4_practice/01_grading.ipynb #28e17770
 import builtins
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import math
 import re
@@ -295,29 +297,34 @@ def attempt(draw):   # a function without arguments
     try: draw()
     except Exception as error: print(f"Not yet: this needs answers from above ({type(error).__name__}: {error}).")
 
-# %% ../nbs/4_practice/01_grading.ipynb #a8a00617
+# %% ../nbs/4_practice/01_grading.ipynb #f588881b
 def played(assignment: Assignment, identifier: str, answers: dict) -> dict:   # question -> source that takes the place of its answer
     "Points of each code question after running the notebook in this process."
     space, points = {"__name__": "__main__"}, {}
     for cell in assignment.cells:
         q = next((q for q in assignment.questions if cell is q.answer or cell is q.tests), None)
         kind, source = role(cell), cell["source"]
-        if kind in ("heading", "text", "wrong", "written") or re.match(r"@attempt|check\(", unmarked(source).lstrip()): continue
+        if kind in ("heading", "text", "wrong", "written") or re.search(r"^(@attempt|check\()", source, flags=re.M): continue
         if kind == "identifier": source = f"identifier = {identifier!r}"
         if kind == "answer" and q: source = answers.get(q.number, source)
         if kind == "tests":
             points[q.number] = q.points * passes(source, space)
             continue
-        try: exec(compile(source, f"<{assignment.name}>", "exec"), space)
+        try: run(source, space)
         except Exception as error: raise GradingError(f"Assignment {assignment.name}: a cell stops with {type(error).__name__}: {error}. The cell: {source[:80]!r}") from error
     return points
 
-# %% ../nbs/4_practice/01_grading.ipynb #de17e456
+# %% ../nbs/4_practice/01_grading.ipynb #d7c96de5
 def passes(source: str, space: dict) -> bool:
     "Whether a cell of tests runs without an exception."
-    try: exec(compile(source, "<tests>", "exec"), space)
+    try: run(source, space)
     except Exception: return False
     return True
+
+# %% ../nbs/4_practice/01_grading.ipynb #d3f1c9c0
+def run(source: str, space: dict):
+    "Runs code in a dictionary of names, and keeps what it prints to itself."
+    with contextlib.redirect_stdout(io.StringIO()): exec(compile(source, "<cell>", "exec"), space)
 
 # %% ../nbs/4_practice/01_grading.ipynb #296096a9
 def rehearse(assignment: Assignment, identifier: str = "rehearsal") -> dict:   # name of a run -> {question: points}
@@ -341,8 +348,8 @@ def read_course(source: str = "") -> list:   # folder of solved notebooks; if em
     if not paths: raise InputError(f"No solved notebooks were found in {folder}. They are part of the repository, not of the installed package: run this in a clone, or name a folder with --source.")
     return [read_assignment(path) for path in paths]
 
-# %% ../nbs/4_practice/01_grading.ipynb #81207acf
-def build_course(out, source: str = "", identifiers: tuple = ("rehearsal", "another")) -> list:   # -> assignments
+# %% ../nbs/4_practice/01_grading.ipynb #17b783e2
+def build_course(out, source: str = "", identifiers: tuple = ("rehearsal",)) -> list:   # -> assignments
     "Writes student, solution and instructor notebooks and the rubric of each assignment. Raises GradingError before writing if a rehearsal fails."
     assignments = read_course(source)
     for assignment in assignments:
@@ -360,11 +367,11 @@ def build_course(out, source: str = "", identifiers: tuple = ("rehearsal", "anot
     print("\n".join(lines[4:]) + f"\nWritten to {out}/: student, solution, instructor.")
     return assignments
 
-# %% ../nbs/4_practice/01_grading.ipynb #5d22a2dc
+# %% ../nbs/4_practice/01_grading.ipynb #ddfab5b6
 def stage(submitted: dict, release: list, student: str) -> tuple:   # notebook as read; cells of the release -> cells, notes
     "The cells to be marked, in the student's order with nothing missing, and what had to be changed."
     known = {cell["metadata"]["nbgrader"]["grade_id"]: cell for cell in release if "nbgrader" in cell["metadata"]}
-    by_id, cells, notes, found = {cell["id"]: name for name, cell in known.items()}, [], [], {}
+    by_id, cells, changed, gone, found = {cell["id"]: name for name, cell in known.items()}, [], [], [], {}
     for cell in submitted["cells"]:
         meta = cell.get("metadata")
         tag = meta.get("nbgrader") if isinstance(meta, dict) else None
@@ -374,21 +381,29 @@ def stage(submitted: dict, release: list, student: str) -> tuple:   # notebook a
             found[name] = new
             new["metadata"] = known[name]["metadata"]
             if cell["cell_type"] != known[name]["cell_type"]: new = found[name] = dict(known[name])
-            if known[name]["metadata"]["nbgrader"]["locked"] and new["source"].strip() != known[name]["source"].strip(): notes.append(f"{name} was changed and has been restored")
+            if known[name]["metadata"]["nbgrader"]["locked"] and new["source"].strip() != known[name]["source"].strip(): changed.append(name)
         cells.append(new)
     before = None
     for name, cell in known.items():
         if name not in found:
-            notes.append(f"{name} was missing and has been put back")
+            gone.append(name)
             found[name] = dict(cell, **({"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}))
             cells.insert(0 if before is None else next(k for k, other in enumerate(cells) if other is before) + 1, found[name])
         before = found[name]
+    notes = [f"{words}: {in_words(of)}" for words, of in (("changed, and restored", changed), ("missing, and put back", gone)) if of]
     said = re.search(r"^identifier\s*=\s*(['\"])(.*?)\1", found["identifier"]["source"], flags=re.M)
     if not said or personal(said[2]).initial_seed() != personal(student).initial_seed(): notes.append(f"its identifier is {said[2] if said else 'missing'!r}, but it was marked as {student!r}")
     found["identifier"]["source"] = f"identifier = {student!r}"
     return cells, notes
 
-# %% ../nbs/4_practice/01_grading.ipynb #886fa239
+# %% ../nbs/4_practice/01_grading.ipynb #76c1f470
+def in_words(names: list) -> str:   # nbgrader's names of cells
+    "Which cells those are."
+    said = [re.sub(r"question-(\d+)(-tests)?", lambda match: ("tests" if match[2] else "answer") + f" of question {match[1]}", name) for name in names if not name.startswith("given-")]
+    given = len(names) - len(said)
+    return ", ".join(said + [f"{given} given cell{'s' * (given > 1)}"] * bool(given))
+
+# %% ../nbs/4_practice/01_grading.ipynb #585287fb
 def patient(seconds: float,    # limit for a cell; cells before the first answer, which import, have five minutes
             names: dict):      # nbgrader's name of a student -> identifier
     "The class of a preprocessor of nbgrader that survives endless loops and dying kernels."
@@ -399,7 +414,7 @@ def patient(seconds: float,    # limit for a cell; cells before the first answer
     class Patient(Execute):
         def preprocess(self, nb, resources, km=None):
             start = next((k for k, cell in enumerate(nb.cells) if cell.metadata.get("nbgrader", {}).get("solution")), 0)
-            self.blocked, self.at, early = set(), None, {id(cell) for cell in nb.cells[:start]}
+            self.blocked, self.at, early = {}, None, {id(cell) for cell in nb.cells[:start]}
             self.prelude = f"identifier = {names[resources['nbgrader']['student']]!r}\n"
             self.timeout_func = lambda cell: 300 if id(cell) in early else seconds
             while True:
@@ -407,21 +422,24 @@ def patient(seconds: float,    # limit for a cell; cells before the first answer
                 try: return super().preprocess(nb, resources)
                 except (DeadKernelError, CellTimeoutError):
                     if self.at is None or self.at in self.blocked: raise
-                    self.blocked.add(self.at)
+                    self.blocked[self.at] = new_output("error", ename="Ended", evalue="this cell ended or blocked the process", traceback=["this cell ended or blocked the process"])
 
         def start_new_kernel(self, **options): super().start_new_kernel(stderr=subprocess.DEVNULL, **options)
 
         def preprocess_cell(self, cell, resources, index):
             if cell.cell_type != "code": return cell, resources
+            if re.search(r"^@attempt", cell.source, flags=re.M): return cell, resources      # figures earn nothing
             if index in self.blocked:
-                cell.outputs = [new_output("error", ename="Ended", evalue="this cell ended or blocked the process", traceback=["this cell ended or blocked the process"])]
+                cell.outputs = [self.blocked[index]]
                 return cell, resources
             self.at, source, test = index, cell.source, cell.metadata.get("nbgrader", {}).get("grade", False)
             if test: cell.source = self.prelude + source
-            try: return super().preprocess_cell(cell, resources, index)
-            finally:
-                cell.source = source
-                if test: cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            try: super().preprocess_cell(cell, resources, index)
+            finally: cell.source = source
+            if test: cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if output.get("ename") == "CellTimeoutError": self.blocked[index] = output       # if all is run again, not this one
+            return cell, resources
 
     return Patient
 
@@ -452,11 +470,12 @@ def spaceless(source: str) -> str:
     "Text without the lines that differ between nbgrader's release and ours."
     return "\n".join(line.rstrip() for line in source.splitlines() if line.strip() and "Hidden tests run here" not in line)
 
-# %% ../nbs/4_practice/01_grading.ipynb #65885407
+# %% ../nbs/4_practice/01_grading.ipynb #0bffce56
 def last_line(result: dict) -> str:
-    "What nbgrader's log says at its end."
-    lines = [line.strip() for line in (result.get("error") or result.get("log") or "it gave no reason").splitlines() if line.strip()]
-    return lines[-1] if lines else "it gave no reason"
+    "The last exception that nbgrader's log names, or else its last line."
+    lines = [line.strip() for line in f"{result.get('error') or ''}\n{result.get('log') or ''}".splitlines() if line.strip()]
+    telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Missing\w+)\b: ", line) and "NbGraderException" not in line]
+    return (telling or lines or ["it gave no reason"])[-1]
 
 # %% ../nbs/4_practice/01_grading.ipynb #ace3df12
 @dataclass
@@ -473,7 +492,7 @@ class Result:
     @property
     def total(self) -> float: return sum(mark for mark in self.marks.values() if mark is not None)
 
-# %% ../nbs/4_practice/01_grading.ipynb #0d8338cd
+# %% ../nbs/4_practice/01_grading.ipynb #82ec8acc
 def mark(api, assignment: Assignment, path: Path, student: str, name: str) -> Result:   # path of the submitted notebook; name: nbgrader's name of the student
     "Marks one notebook. A file that is no notebook earns nothing; a failure of nbgrader is entered as such."
     try: cells, notes = stage(read_notebook(path), student_cells(assignment), student)
@@ -486,8 +505,9 @@ def mark(api, assignment: Assignment, path: Path, student: str, name: str) -> Re
             result = api.autograde(assignment.name, name)
         if not result["success"]: raise GradingError(last_line(result))
         marked = root / "autograded" / name / assignment.name / f"{assignment.name}.ipynb"
+        if not marked.is_file(): raise GradingError("it claimed success, but wrote no marked notebook")
         return read_marks(api, assignment, read_notebook(marked), student, name, notes)
-    except Exception as error: return Result(student, {q.number: None for q in assignment.questions}, notes=notes, failure=f"{type(error).__name__}: {error}")
+    except Exception as error: return Result(student, {q.number: None for q in assignment.questions}, notes=notes, failure=str(error) if isinstance(error, GradingError) else f"{type(error).__name__}: {error}")
 
 # %% ../nbs/4_practice/01_grading.ipynb #8cb5afec
 def read_marks(api, assignment: Assignment, notebook: dict, student: str, name: str, notes: list) -> Result:
@@ -605,7 +625,7 @@ def grade_course(submissions, out, source: str = "", seconds: float = 30.0) -> d
     if failed: raise GradingError(f"{len(failed)} submission{'s have' if len(failed) > 1 else ' has'} no marks, since nbgrader failed: {'; '.join(failed)}. The others are in {out}.")
     return results
 
-# %% ../nbs/4_practice/01_grading.ipynb #5f8d3896
+# %% ../nbs/4_practice/01_grading.ipynb #f1531ae8
 def write_results(folder: Path, assignment: Assignment, results: list):
     "Writes and prints the marks of an assignment, and writes the feedback and the answers that a person has to read."
     table = marks_table(assignment, results)
@@ -617,7 +637,8 @@ def write_results(folder: Path, assignment: Assignment, results: list):
             with replacing(folder / "feedback" / f"{r.student}.md") as path: path.write_text(feedback(assignment, r), encoding="utf-8")
     widths = [max(len(str(row[k])) for row in table) for k in range(len(table[0]) - 1)]
     print(f"\n{assignment.title}\n" + "\n".join("  ".join([str(row[0]).ljust(widths[0]), *(str(cell).rjust(width) for cell, width in zip(row[1:-1], widths[1:])), row[-1]]).rstrip() for row in table))
-    print(f"('-': read {folder}/written.csv, enter marks there, and run this again.)" if any(None in r.marks.values() and not r.failure for r in results) else "", f"Written to {folder}/: marks.csv, written.csv, feedback/.")
+    if any(None in r.marks.values() and not r.failure for r in results): print(f"- : read {folder}/written.csv, enter marks there, and run this again.")
+    print(f"Written to {folder}/: marks.csv, written.csv, feedback/.")
 
 # %% ../nbs/4_practice/01_grading.ipynb #9847341e
 def marks_table(assignment: Assignment, results: list) -> list:   # rows of cells, the first is the heading
