@@ -54,7 +54,8 @@ def test_form(path):
     assert all(output.data.get("text/plain", "").endswith(".") for output in pictures(path)), "a figure has no sentence of alternative text"
 
 
-CHAPTERS = [path for path in NOTEBOOKS if path.parent != book.NOTEBOOKS]
+ASSIGNMENTS = [path for path in NOTEBOOKS if path.parent.name == "assignments"]   # exercises of another form, which export nothing
+CHAPTERS = [path for path in NOTEBOOKS if path.parent != book.NOTEBOOKS and path not in ASSIGNMENTS]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=[path.stem for path in CHAPTERS])
@@ -67,6 +68,27 @@ def test_chapter_has_its_parts(path):
         solutions = [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
         assert len(solutions) == 3 and all(cell.metadata.jupyter.source_hidden for cell in solutions)
         assert all("assert" in cell.source or "raise AssertionError" in cell.source for cell in solutions), "a solution does not end in a check"
+
+
+@pytest.mark.parametrize("path", ASSIGNMENTS, ids=[path.stem for path in ASSIGNMENTS])
+def test_assignment_has_its_parts(path):
+    "Goals, times, a check below each code question, hints folded, written questions, a figure of the student's own; the rest is checked where it is read."
+    from soflow_edu.grading import read_assignment, role
+
+    assignment, notebook = read_assignment(path), book.read(path)
+    opening = notebook.cells[0].source
+    assert opening.startswith("# ") and all(words in opening for words in ("**You need**", "**Time:**", "**What you will be able to do afterwards**", "**How it works.**"))
+    assert sum(q.written for q in assignment.questions) >= 2 and pictures(path)
+    assert [cell for cell in notebook.cells if "@attempt" in cell.source and "BEGIN SOLUTION" in cell.source], "no figure is the student's own"
+    kinds = [role(cell) for cell in assignment.cells]
+    for q in assignment.questions:
+        heading = next(cell.source for cell in notebook.cells if cell.source.startswith(f"### Question {q.number}. "))
+        assert re.search(r"\(\d+ minutes\)", heading), f"question {q.number} does not say how long it takes"
+        if not q.written:
+            assert "<details>" in heading and "</details>" in heading, f"question {q.number} has no folded hint"
+            start = next(k for k, cell in enumerate(assignment.cells) if cell is q.answer)
+            assert f'check("Question {q.number}"' in assignment.cells[start + 1]["source"] and kinds[start - 3:start] == ["wrong"] * 3
+    assert "default_exp" not in path.read_text(encoding="utf-8")
 
 
 def test_chapters_import_only_earlier_ones():

@@ -12,7 +12,7 @@ from pathlib import Path
 from soflow_edu.config import CATALOGUE, describe, find, build
 
 ROOT = Path(__file__).parent.parent
-PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training widgets cli".split()
+PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training objectives guidance diagnosis widgets grading cli".split()
 
 
 def cpu_seconds(*arguments):

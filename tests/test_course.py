@@ -1,0 +1,243 @@
+"Assignments: what students get, and what they get for what they hand in."
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soflow_edu import grading
+from soflow_edu.grading import GradingError, grade_course, instructor_cells, personal_mixture, played, read_assignment, read_notebook, student_cells, without, write_notebook
+
+ROOT = Path(__file__).parent.parent
+SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
+NAMES = [path.stem for path in SOLVED]
+SECONDS = 8     # a cell of a student, on a busy machine
+
+
+def soflow(*words):
+    return subprocess.run([sys.executable, "-m", "soflow_edu", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+
+def lines(source):
+    "Lines that are telling: long enough not to stand in a notebook by chance."
+    return {line.strip() for line in source.splitlines() if len(line.strip()) > 18}
+
+
+def region(source, mark):
+    return source.partition(f"BEGIN {mark}")[2].partition(f"END {mark}")[0].replace("###", "").replace("-->", "").replace("<!--", "")
+
+
+def hand_in(folder, assignment, answers, cells=None):
+    "Writes a submission: the student notebook with answers, question -> source; a written question without one stays empty."
+    made = [dict(cell) for cell in cells or student_cells(assignment)]
+    for cell in made:
+        tag = cell["metadata"].get("nbgrader", {}).get("grade_id", "")
+        if tag.removeprefix("question-").isdigit() and int(tag.removeprefix("question-")) in answers:
+            cell["source"] = answers[int(tag.removeprefix("question-"))]
+        if tag == "identifier":
+            cell["source"] = answers.get("identifier", f'identifier = "{folder.name}"')
+    write_notebook(folder / f"{assignment.name}.ipynb", made, assignment.name)
+
+
+def right_answers(assignment):
+    return {q.number: "\n".join(line for line in q.answer["source"].splitlines() if "SOLUTION" not in line and "#|" not in line) for q in assignment.questions}
+
+
+def wrong_plan(assignment, groups=6, size=3):
+    "Submissions that together hold three wrong answers of each question; of any two questions, one submission has the first wrong and the second right."
+    code, chosen = [q for q in assignment.questions if not q.written], itertools.cycle(itertools.combinations(range(groups), size))
+    plan = [{} for _ in range(groups)]
+    for q, places in zip(code, chosen):
+        for place, source in zip(places, q.wrong.values()):
+            plan[place][q.number] = source
+    return plan
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_student_notebook_holds_no_secret_and_runs_without_answers(path, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    built = soflow("course", "build", "--out", tmp_path / "course")
+    assert built.returncode == 0, built.stderr
+    assignment, student = read_assignment(path), tmp_path / f"course/student/{path.name}"
+    seen = "\n".join(cell["source"] for cell in read_notebook(student)["cells"])
+    for q in assignment.questions:
+        secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else lines(region(q.tests["source"], "HIDDEN TESTS")))
+        secret |= {line for source in q.wrong.values() for line in lines(source) if not line.startswith("def ")}
+        assert secret and not [line for line in secret if line in seen], f"question {q.number}"
+    assert "BEGIN" not in seen and "#| wrong" not in seen and "### Question 1. " in seen and "points)" in seen
+    assert not [cell for cell in read_notebook(student)["cells"] if cell.get("outputs")]
+    assert {p.name for p in (tmp_path / "course").iterdir()} == {"student", "solution", "instructor", "contents.md"}
+    solution = "\n".join(cell["source"] for cell in read_notebook(tmp_path / f"course/solution/{path.name}")["cells"])
+    assert "BEGIN" not in solution and "#|" not in solution and all(lines(region(q.answer["source"], "SOLUTION")) <= {line.strip() for line in solution.splitlines()} for q in assignment.questions)
+    table = (tmp_path / f"course/instructor/{path.stem}_rubric.md").read_text()
+    assert all(f"| {q.number}. {q.title} | {q.points:g} |" in table for q in assignment.questions)
+
+    notebook = nbformat.read(student, as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(stderr=subprocess.DEVNULL)      # raises if a cell does
+    said = "".join(output.text for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if output.output_type == "stream")
+    assert all(f"Question {q.number}: not done yet." in said for q in assignment.questions if not q.written)
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_reference_is_right_for_every_student(path):
+    assignment = read_assignment(path)
+    for identifier in ("ada", "Zoë O'Neill", "12345"):
+        assert played(assignment, identifier, {}) == {q.number: q.points for q in assignment.questions if not q.written}
+
+
+def forged(assignment):
+    "The student notebook without answers, with tests and given cells rewritten, one test deleted, and all cells tagged so that they are not run."
+    cells = []
+    for cell in student_cells(assignment):
+        cell = dict(cell, metadata=json.loads(json.dumps(cell["metadata"])))
+        tag = cell["metadata"].get("nbgrader", {})
+        if tag.get("grade") and cell["cell_type"] == "code":
+            if tag["grade_id"] == "question-1-tests":
+                continue
+            cell["source"], tag["points"], tag["locked"] = "pass", 100, False
+        elif tag.get("locked"):
+            cell["source"] += "\nclose = lambda *args: True"
+        cell["metadata"]["tags"] = ["skip-execution"]
+        cells.append(cell)
+    return cells
+
+
+def test_marks(tmp_path):
+    "The project's own set of submissions, and the whole table of marks."
+    path = SOLVED[0]
+    assignment = read_assignment(path)
+    right, full = right_answers(assignment), {q.number: None if q.written else q.points for q in assignment.questions}
+    code = [q.number for q in assignment.questions if not q.written]
+    home, due = tmp_path / "submissions", {}
+
+    def submit(name, answers, marks, cells=None):
+        hand_in(home / name, assignment, answers, cells)
+        due[name] = marks
+
+    submit("right", right, full)
+    for k, wrong in enumerate(wrong_plan(assignment)):
+        submit(f"wrong {k + 1}", right | wrong, full | dict.fromkeys(wrong, 0.0))
+    submit("empty", {}, dict.fromkeys(full, 0.0))
+    submit("forger", {}, dict.fromkeys(full, 0.0), forged(assignment))
+    loop, crash = "def on_the_way(*args):\n    while True: pass", "import os\ndef landing(): os._exit(1)"
+    submit("loop and crash", right | {2: loop, 12: crash}, full | {2: 0.0, 12: 0.0})
+    theirs = steps_of("somebody")
+    mine = next(name for name in ("copycat", "copycat2", "copycat3", "copycat4") if steps_of(name) != theirs)
+    place = (personal_mixture("somebody").weights @ personal_mixture("somebody").means).tolist()
+    copied = {11: f"def steps_needed(): return {theirs}", 12: f"def landing(): return torch.tensor({place})", "identifier": "identifier = 'somebody'"}
+    submit(mine, right | copied, full | {11: 0.0, 12: 0.0})
+    (home / "torn").mkdir(), (home / "torn" / f"{path.stem}.ipynb").write_text('{"cells": [')
+    (home / "absent").mkdir()
+    due |= {"torn": dict.fromkeys(full, 0.0), "absent": dict.fromkeys(full, 0.0)}
+
+    done = soflow("course", "grade", home, "--out", tmp_path / "marks", "--seconds", SECONDS)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "marks" / path.stem
+    rows = {row["student"]: row for row in csv.DictReader(open(out / "marks.csv"))}
+    got = {name: {n: None if row[f"Q{n}"] == "-" else float(row[f"Q{n}"]) for n in full} for name, row in rows.items()}
+    assert got == due
+    assert float(rows["right"]["total"]) == sum(full[n] for n in code) and all(row["student"] in done.stdout for row in rows.values())
+    assert "its identifier is 'somebody', but it was marked as" in rows[mine]["notes"] and "nothing was handed in" in rows["absent"]["notes"] and "no notebook" in rows["torn"]["notes"]
+    assert "missing, and put back: tests of question 1" in rows["forger"]["notes"] and "changed, and restored: " in rows["forger"]["notes"] and "tests of question 12" in rows["forger"]["notes"]
+    assert not rows["right"]["notes"] and not rows["loop and crash"]["notes"]
+
+    for name in due:
+        text = (out / f"feedback/{name}.md").read_text()
+        for q in assignment.questions:
+            secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else {line for line in lines(region(q.tests["source"], "HIDDEN TESTS"))})
+            assert not [line for line in secret if line in text], (name, q.number)
+    assert "did not end in time" in (out / "feedback/loop and crash.md").read_text() and "ended or blocked the process" in (out / "feedback/loop and crash.md").read_text()
+    assert "these are not the points of Heun's method" in "".join((out / f"feedback/wrong {k}.md").read_text() for k in range(1, 7))
+
+
+def steps_of(name):
+    "The number of question 11, by a loop of its own."
+    import torch
+
+    from soflow_edu.grading import personal
+    from soflow_edu.odes import ExactFlow, integrate
+    from soflow_edu.paths import LinearPath
+
+    flow, noise = ExactFlow(personal_mixture(name), LinearPath()), torch.randn(500, 2, generator=personal(name, "noise"), dtype=torch.float64)
+    ends = flow.solution(noise, 1.0, 0.0)
+    return next(n for n in range(1, 100) if (integrate(flow, noise, 1.0, 0.0, method="euler", steps=n).x - ends).norm(dim=1).median() < 0.1)
+
+
+def test_marks_of_written_answers_are_read_and_checked(tmp_path):
+    assignment = read_assignment(SOLVED[0])
+    number = next(q.number for q in assignment.questions if q.written)
+    rows = [{"student": name, "question": number, "points": 2, "mark": "1,5", "comment": "good", "answer": "Because."} for name in ("ada", "bob")]
+    entered_file = tmp_path / "written.csv"
+    with open(entered_file, "w", newline="") as file:
+        writer = csv.DictWriter(file, grading.WRITTEN)
+        writer.writeheader()
+        writer.writerows(rows)
+    entered = grading.read_written(entered_file, assignment)
+    assert entered["ada", number, "Because."] == (1.5, "good") and ("ada", number, "Changed.") not in entered
+    entered_file.write_text(entered_file.read_text().replace('"1,5"', "7"))
+    with pytest.raises(grading.InputError, match="from 0 to 2"):
+        grading.read_written(entered_file, assignment)
+
+
+def unmoved(seconds, names):
+    "A preprocessor that runs nothing: to nbgrader, all tests then look passed."
+    from nbgrader.preprocessors import Execute
+
+    class Unmoved(Execute):
+        def preprocess(self, nb, resources, km=None):
+            return nb, resources
+
+    return Unmoved
+
+
+def broken(seconds, names):
+    "A preprocessor that fails, which nbgrader hides behind the exit status 0."
+    from nbgrader.preprocessors import Execute
+
+    class Broken(Execute):
+        def preprocess(self, nb, resources, km=None):
+            raise RuntimeError("no kernel today")
+
+    return Broken
+
+
+@pytest.mark.parametrize("fault, words", [(unmoved, "never run"), (broken, "no kernel today"), (None, "wrote no marked notebook")], ids=["tests not run", "no kernel", "nothing done"])
+def test_silent_failures_of_nbgrader_are_loud(fault, words, tmp_path, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+
+    assignment = read_assignment(SOLVED[0])
+    hand_in(tmp_path / "submissions/ada", assignment, {})
+    if fault:
+        monkeypatch.setattr(grading, "patient", fault)
+    else:
+        monkeypatch.setattr(NbGraderAPI, "autograde", lambda self, *args, **options: {"success": True})
+    with pytest.raises(GradingError, match=words):
+        grade_course(tmp_path / "submissions", tmp_path / "marks", str(SOLVED[0].parent))
+    row, = csv.DictReader(open(tmp_path / f"marks/{assignment.name}/marks.csv"))
+    assert row["Q1"] == row["total"] == "?" and not list(tmp_path.glob("marks/*/feedback/*"))
+
+
+def test_refusals(tmp_path):
+    "Bad input ends in words."
+    (tmp_path / "none").mkdir()
+    for words, hint in ((("grade", tmp_path / "none"), "No submission"), (("grade", tmp_path / "nowhere"), "is no folder"), (("build", "--source", tmp_path / "none"), "No solved notebooks"),
+                        (("grade", tmp_path / "none", "--seconds", 0), "--seconds")):
+        done = soflow("course", *words)
+        assert done.returncode == 2 and hint in " ".join(done.stderr.split()) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_nbgrader_sees_what_students_get():
+    "Metadata of the instructor's notebook: unique names, points of tests and written answers only, all else locked or a solution."
+    for path in SOLVED:
+        assignment = read_assignment(path)
+        tags = [cell["metadata"]["nbgrader"] for cell in instructor_cells(assignment) if "nbgrader" in cell["metadata"]]
+        assert len({tag["grade_id"] for tag in tags}) == len(tags) and sum(tag.get("points", 0) for tag in tags) == sum(q.points for q in assignment.questions)
+        assert all(("points" in tag) == tag["grade"] and (tag["locked"] or tag["solution"] or tag["grade_id"] == "identifier") for tag in tags)
+        assert without("a\n    ### BEGIN SOLUTION\n    b\n    ### END SOLUTION\nc", "SOLUTION", "stub") == "a\n    stub\nc"
