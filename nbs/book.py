@@ -183,7 +183,7 @@ def readme() -> str:
         old.unlink()
     for number, cell in enumerate(read(NOTEBOOKS / "index.ipynb").cells):
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", cell.source))
+            parts.append(re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", cell.source))
             continue
         if "#| echo" in cell.source:
             parts.append("```python\n" + re.sub(r"#\| .*\n", "", cell.source).strip() + "\n```")
@@ -195,7 +195,7 @@ def readme() -> str:
                 (PICTURES / name).write_bytes(base64.b64decode(data["image/png"]))
                 parts.append(f"![{data.get('text/plain', '')}](nbs/pictures/{name})")
             elif "text/markdown" in data:
-                parts.append(re.sub(r"\]\((\d_\w+/)", r"](nbs/\1", data["text/markdown"]))
+                parts.append(re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", data["text/markdown"]))
             elif output.output_type == "stream":
                 parts.append("```\n" + output.text.rstrip() + "\n```")
     return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

@@ -5,13 +5,13 @@ __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential',
            'OwnVelocity', 'Exact', 'batch_velocity', 'BatchVelocity', 'SoFlow', 'rows_of', 'summed', 'velocity_loss',
            'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
 
-# %% ../nbs/1_plane/08_consistency.ipynb #3afeeeaa
+# %% ../nbs/1_plane/08_consistency.ipynb #d00d378b
 import math
 from dataclasses import dataclass, field
 
 import torch
 
-from .config import InputError, build, register
+from .config import InputError, build, register, unknown
 from .flow_matching import Batch, Draws, Loss, adaptive_weight, mse, noise_like
 from .paths import MIN_GAP, expand, uniform
 
@@ -139,7 +139,7 @@ class BatchVelocity(Conditional):
         return torch.where(expand(rows.dropped, rows.xt), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0, y, labels))
     regress = step
 
-# %% ../nbs/1_plane/08_consistency.ipynb #bc25b1da
+# %% ../nbs/1_plane/08_consistency.ipynb #8b0dfe71
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
@@ -151,8 +151,10 @@ class SoFlow:
     schedule: object = "exponential"   # r of progress
     target: object = "conditional"     # velocity of the step, and of the regression
     jumps: int = 1                     # in how many jumps the model goes from x_l to s; 1 as published
+    stride: str = "share"              # whether r is a share of the jump, as published, or a "length" of time
 
     def __post_init__(self):
+        if self.stride not in ("share", "length"): raise unknown("stride", self.stride, ("share", "length"))
         if not 0 <= self.lam <= 1: raise InputError(f"lam is {self.lam}, but a share lies in [0, 1].")
         if self.jumps < 1: raise InputError(f"jumps is {self.jumps}, but the model needs at least one to reach s.")
         for kind in ("times", "schedule", "target"): setattr(self, kind, build(kind, getattr(self, kind)))
@@ -160,7 +162,7 @@ class SoFlow:
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         B, n = len(batch.x0), int(self.lam * len(batch.x0))
         fm, (t, s) = self.times.sample_t(n, generator), self.times.sample(B - n, generator)
-        l = towards(t, s, self.fraction(t, progress, generator))
+        l = towards(t, s, self.fraction(t, s, progress, generator))
         x1, drop = noise_like(batch.x0, generator), self.target.drop if batch.y is not None else 0
         return Draws(x1, torch.cat([fm, t]), torch.cat([fm, s]), torch.cat([fm, l]), regressed=n, dropped=uniform(B, generator) < drop if drop else None)
 
@@ -174,7 +176,9 @@ class SoFlow:
         return summed(self, progress, velocity_loss(self, model, still, F[:n], target) if n else None, solution_loss(self, model, moving, F[n:], *ahead) if ahead else None)
 
     def shares(self, progress): return self.lam, 1 - self.lam                         # weights of the two parts
-    def fraction(self, t, progress, generator): return self.schedule(progress)        # r
+    def fraction(self, t, s, progress, generator):                                    # share of the jump at which l lies
+        r = self.schedule(progress)
+        return r if self.stride == "share" else (r / (t - s)).clamp(max=1)
     def weight(self, gap, b): return gap / b.abs()                                    # (t - l)² of the error over the published (t - l) |b|
     def step(self, model, rows): return self.target.step(model, rows)                 # (x_t - x_l) / (t - l)
 
@@ -220,7 +224,7 @@ def surrogate(Ft, q, b, p: float, eps: float):   # (B, ...), (B, ...), (B,) -> s
     w = adaptive_weight(q.pow(2).flatten(1).mean(1), p, eps)
     return (expand(b.sign(), Ft) * Ft * (q * expand(w, q)).detach()).mean()
 
-# %% ../nbs/1_plane/08_consistency.ipynb #d04c61ac
+# %% ../nbs/1_plane/08_consistency.ipynb #29b41c69
 @register("objective", "semigroup")
 @dataclass
 class Semigroup(SoFlow):
@@ -233,7 +237,7 @@ class Semigroup(SoFlow):
         if len(self.velocity_weight) != 2 or min(self.velocity_weight) <= 0: raise InputError(f"velocity_weight is {self.velocity_weight}, but must be two positive numbers, for the start and the end.")
 
     def shares(self, progress): return self.velocity_weight[0]**(1 - progress) * self.velocity_weight[1]**progress, 1.0
-    def fraction(self, t, progress, generator): return torch.rand(t.shape, generator=generator, device=t.device) / self.jumps
+    def fraction(self, t, s, progress, generator): return torch.rand(t.shape, generator=generator, device=t.device) / self.jumps
     def weight(self, gap, b): return (gap / b)**2
     def step(self, model, rows):                                              # of the model's own jump
         xt, t, l = rows.xt, rows.t, rows.l
