@@ -127,10 +127,10 @@ class Setting:
     answer: str = "map"            # "map" f(x, t, s); "velocity", used by Euler steps; "data", a map that ends at 0 only
     oracle: bool = False           # uses the exact flow
 
-# %% ../nbs/1_plane/11_objectives.ipynb #dc8d3a50
+# %% ../nbs/1_plane/11_objectives.ipynb #eb4e1cf1
 def exponential(r_init, r_end): return {"name": "exponential", "r_init": r_init, "r_end": r_end}
 ahead = {"name": "soflow", "lam": 0.33, "schedule": exponential(0.5, 0.1)}       # a velocity that is nearly marginal allows long steps
-pair = {"name": "soflow", "p": 0.5, "eps": 0.1, "times": {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.8}, "stride": "length", "schedule": exponential(0.125, 0.004), "lam": 0.1}
+pair = {"name": "soflow", "p": 0.5, "eps": 0.1, "times": {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.7}, "stride": "length", "schedule": exponential(0.15, 0.008), "lam": 0.25}
 OBJECTIVES = register("study", "objectives")({
     "flow_matching": Setting("flow matching", {"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
     "reflow": Setting("rectified flow, one reflow", {"objective": {"name": "reflow", "times": "uniform"}}, "a teacher and its ODE pairs", teacher={"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
