@@ -84,12 +84,12 @@ class Trajectories:
         with torch.no_grad(): run = integrate(field, x1, 1.0, getattr(field, "s_min", 0.0), rtol=rtol, record=records)
         self.states, self.times = run.states, run.times[:, 0]
 
-# %% ../nbs/1_plane/11_objectives.ipynb #81c7e3ee
+# %% ../nbs/1_plane/11_objectives.ipynb #2f885631
 @register("objective", "reflow")
-@dataclass
+@dataclass(kw_only=True)
 class Reflow(FlowMatching):
     "Flow matching on pairs of noise and data that a pool of trajectories joins."
-    trajectories: Trajectories = None
+    trajectories: Trajectories
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         states = self.trajectories.states
         k = torch.randint(states.shape[1], (len(batch.x0),), generator=generator)

@@ -34,18 +34,18 @@ def run_to_end(config, data, **options):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_step_map_reaches_the_truth_from_samples_only(seed):
-    "A third of the steps of the demo, so a tighter limit on the method than the demo's own 0.10 on a slow machine."
+    "With a third of the steps of the demo, whose own limit is 0.05."
     law = law_of("eight_gaussians")
-    step = run_to_end(replace(load_config("plane"), steps=3500, seconds=None, seed=seed), SamplesOnly(law))
+    step = run_to_end(replace(load_config("plane"), steps=2000, seconds=None, seed=seed), SamplesOnly(law))
     report = compare(trained(step.run), ExactFlow(law, LinearPath()), metrics=("one_step", "transport"))
-    assert report.values["relative_rmse"] < 0.10
+    assert report.values["relative_rmse"] < 0.08
     assert report.values["w2_one_step"] < 2 * report.values["w2_floor"]
 
 
 @pytest.mark.parametrize("name", ["two_gaussians", "grid_gaussians", "two_moons", "word"])
 def test_same_recipe_on_other_data(name):
     law = law_of(name)
-    step = run_to_end(replace(load_config("plane"), data=name, steps=800, seconds=None, warmup=50), SamplesOnly(law))
+    step = run_to_end(replace(load_config("plane"), data=name, steps=500, seconds=None, warmup=50), SamplesOnly(law))
     x1 = torch.randn(128, 2, generator=torch.Generator().manual_seed(5))
     report = compare(trained(step.run), ExactFlow(law, LinearPath()), x1, metrics=("one_step",))
     untrained = rms(x1 - report.comparison.truth) / rms(report.comparison.truth)
@@ -102,13 +102,16 @@ def test_extra_inputs_reach_every_call_of_the_network(objective):
         assert loss.value.isfinite() and model.net.net.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup"])
+GUIDED = {"name": "soflow", "lam": 0.5, "target": {"name": "guided", "w": 2.0, "m": 0.5}}
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup", "meanflow", "shortcut", "consistency", {"name": "semigroup", "target": "batch", "jumps": 2}, GUIDED], ids=lambda o: o if isinstance(o, str) else f"{o['name']}-{len(o)}")
 def test_pictures_pass_through_all_verbs_unchanged(tmp_path, objective):
     pictures = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = FiniteSet(pictures, torch.arange(40) % 4)
     config = make_config({"steps": 200, "batch": 32, "network": "picture", "objective": objective, "learning_rate": 1e-2})
     step = run_to_end(config, data, out=tmp_path / "run")
-    assert step.run.log[-1]["velocity_mse"] < 0.98 * step.run.log[0]["velocity_mse"]
+    assert objective == "consistency" or step.run.log[-1]["velocity_mse"] < 0.98 * step.run.log[0]["velocity_mse"]
     run = load_run(tmp_path / "run")
     x1, y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(run.model(x1, 1.0, 0.0, y), trained(step.run)(x1, 1.0, 0.0, y))
@@ -137,7 +140,7 @@ class DropoutNetwork(nn.Module):
 
 @pytest.mark.parametrize("network", ["dropout", {"name": "mlp", "width": 16, "classes": 5}], ids=["dropout", "labels"])
 def test_resume_is_exact_to_the_bit(tmp_path, network):
-    config = make_config({"steps": 40, "batch": 32, "checkpoint_every": 15, "objective": "soflow", "network": network, "device": "cpu"})
+    config = make_config({"steps": 40, "batch": 32, "checkpoint_every": 15, "objective": "soflow" if network == "dropout" else GUIDED, "network": network, "device": "cpu"})
     law = law_of("pinwheel", 200)
     whole = run_to_end(config, law, out=tmp_path / "whole")
     model, objective = assemble(config)
@@ -213,6 +216,27 @@ def test_damaged_runs_are_refused_in_words(tmp_path, how):
     with pytest.raises(InputError) as error:
         load_run(tmp_path / "run")
     assert len(str(error.value)) > 40
+
+
+def test_hidden_labels_are_the_null_label_in_every_call():
+    "The network never sees the label of a row that was drawn as hidden, nor the null label elsewhere but for the velocity of all data."
+    class Spy(nn.Module):
+        classes, seen = 3, []
+
+        def forward(self, x, t, d, y=None):
+            self.seen.append(y.clone())
+            return x
+
+    net, g = Spy(), torch.Generator().manual_seed(0)
+    batch, objective = Batch(torch.randn(400, 2, generator=g), torch.arange(400) % 3), build("objective", GUIDED)
+    draws = objective.draw(batch, 0.5, g)
+    objective.loss(SolutionModel(net), batch, draws, 0.5)
+    assert 20 < draws.dropped.sum() < 70
+    n, expected = draws.regressed, batch.y.masked_fill(draws.dropped, 3)
+    calls = {"uncond": [torch.full((400 - n,), 3)], "all": [expected], "velocity": [expected[:n], torch.full((n,), 3)], "solution": [expected[n:]]}
+    for y in net.seen:
+        assert any(torch.equal(y, known) for group in calls.values() for known in group)
+    assert sum(torch.equal(y, expected) for y in net.seen) == 1
 
 
 @pytest.mark.parametrize("broken", ["checkpoint.safetensors", "model.safetensors", "run.json", "log.csv"])
