@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential', 'difference_quotient', 'Rows', 'Conditional',
-           'OwnVelocity', 'Exact', 'batch_velocity', 'BatchVelocity', 'SoFlow', 'rows_of', 'summed', 'velocity_loss',
-           'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
+           'OwnVelocity', 'Exact', 'batch_velocity', 'BatchVelocity', 'SoFlow', 'hidden', 'rows_of', 'summed',
+           'velocity_loss', 'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
 
 # %% ../nbs/1_plane/08_consistency.ipynb #d00d378b
 import math
@@ -139,7 +139,7 @@ class BatchVelocity(Conditional):
         return torch.where(expand(rows.dropped, rows.xt), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0, y, labels))
     regress = step
 
-# %% ../nbs/1_plane/08_consistency.ipynb #8b0dfe71
+# %% ../nbs/1_plane/08_consistency.ipynb #963b643c
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
@@ -163,8 +163,7 @@ class SoFlow:
         B, n = len(batch.x0), int(self.lam * len(batch.x0))
         fm, (t, s) = self.times.sample_t(n, generator), self.times.sample(B - n, generator)
         l = towards(t, s, self.fraction(t, s, progress, generator))
-        x1, drop = noise_like(batch.x0, generator), self.target.drop if batch.y is not None else 0
-        return Draws(x1, torch.cat([fm, t]), torch.cat([fm, s]), torch.cat([fm, l]), regressed=n, dropped=uniform(B, generator) < drop if drop else None)
+        return Draws(noise_like(batch.x0, generator), torch.cat([fm, t]), torch.cat([fm, s]), torch.cat([fm, l]), regressed=n, dropped=hidden(self.target, batch, generator))
 
     def loss(self, model, batch: Batch, draws: Draws, progress: float) -> Loss:
         rows, n = rows_of(model, batch, draws), draws.regressed
@@ -181,6 +180,11 @@ class SoFlow:
         return r if self.stride == "share" else (r / (t - s)).clamp(max=1)
     def weight(self, gap, b): return gap / b.abs()                                    # (t - l)² of the error over the published (t - l) |b|
     def step(self, model, rows): return self.target.step(model, rows)                 # (x_t - x_l) / (t - l)
+
+# %% ../nbs/1_plane/08_consistency.ipynb #cfd4d6b6
+def hidden(target, batch: Batch, generator):   # (B,) bool, or None if nothing is to be hidden
+    "Which labels the network shall not see, drawn with the share that the target asks for."
+    return uniform(len(batch.x0), generator) < target.drop if target.drop and batch.y is not None else None
 
 # %% ../nbs/1_plane/08_consistency.ipynb #a76e776c
 def rows_of(model, batch: Batch, draws: Draws) -> Rows:

@@ -58,11 +58,11 @@ class Batch:
     y: torch.Tensor | None = None                  # (B,) class labels
     extras: dict = field(default_factory=dict)     # further inputs of the network, (B, ...) each
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #f7492ffa
+# %% ../nbs/1_plane/05_flow_matching.ipynb #9db54bec
 @dataclass
 class Draws:
-    "All random numbers of one step. Rows before `regressed` train the velocity and have s = l = t."
-    x1: torch.Tensor                       # (B, ...) noise
+    "All random numbers of one step. Rows before `regressed` train the velocity, with l = t and, as a rule, s = t."
+    x1: torch.Tensor                       # (B, ...) noise, or whatever stands at the noisy end
     t: torch.Tensor                        # (B,)
     s: torch.Tensor                        # (B,)
     l: torch.Tensor                        # (B,)
