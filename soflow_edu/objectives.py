@@ -289,7 +289,7 @@ def read_rows(path) -> list:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= row.keys() for row in rows): raise InputError(f"{path} exists but holds no rows of a bench, so nothing was written. Choose another file.")
     return rows
 
-# %% ../nbs/1_plane/11_objectives.ipynb #bdcc8afb
+# %% ../nbs/1_plane/11_objectives.ipynb #87cd037a
 def bench_table(rows: list) -> str:
     "A line for each setting of each data set: means over the seeds, and the range of the one-step error."
     mean = lambda values: sum(values) / len(values) if values and None not in values else math.nan
@@ -297,10 +297,12 @@ def bench_table(rows: list) -> str:
     for study, dataset in dict.fromkeys((row["study"], row["dataset"]) for row in rows):
         group = [row for row in rows if (row["study"], row["dataset"]) == (study, dataset)]
         lines += ["", f"{dataset}, {group[0]['seconds']:g} CPU seconds. W2 to held-out data: exact map {mean([row['w2_exact'] for row in group]):.3f}, other data {mean([row['w2_floor'] for row in group]):.3f}",
-                  f"{'':36s}  relative error, 1 step    2 steps  4 steps     W2, 1 step  2 steps  4 steps  ms/step     MB  seeds"]
-        for name in dict.fromkeys(row["setting"] for row in group):
+                  f"{'':42s}  relative error, 1 step    2 steps  4 steps     W2, 1 step  2 steps  4 steps  ms/step   steps     MB  seeds"]
+        for name in sorted({row["setting"] for row in group}, key=lambda name: mean([row["relative_rmse"][0] for row in group if row["setting"] == name])):
             own, setting = [row for row in group if row["setting"] == name], find("study", study)[name]
             error, w2 = ([mean([values[i] for values in columns]) for i in range(3)] for columns in ([row["relative_rmse"] for row in own], [row["w2"]["renoise" if setting.answer == "data" else "jump"] for row in own]))
             first = [row["relative_rmse"][0] for row in own]
-            lines.append(f"{setting.label + (' (oracle)' if setting.oracle else ''):36s}  {error[0]:6.3f} ({min(first):.3f} to {max(first):.3f}) {error[1]:8.3f} {error[2]:8.3f} {w2[0]:14.3f} {w2[1]:8.3f} {w2[2]:8.3f} {mean([row['step_ms'] for row in own]):8.1f} {mean([row['memory_mb'] for row in own]):6.0f} {len(own):6d}")
+            line = (f"{setting.label + (' (oracle)' if setting.oracle else ''):42s}  {error[0]:6.3f} ({min(first):.3f} to {max(first):.3f}) {error[1]:8.3f} {error[2]:8.3f} {w2[0]:14.3f} {w2[1]:8.3f} {w2[2]:8.3f}"
+                    f" {mean([row['step_ms'] for row in own]):8.1f} {mean([row['steps'] for row in own]):7,.0f} {mean([row['memory_mb'] for row in own]):6.0f} {len(own):6d}")
+            lines.append(line.replace("nan", "  -"))
     return "\n".join(lines[1:])
