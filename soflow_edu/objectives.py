@@ -6,7 +6,7 @@ __all__ = ['ahead', 'pair', 'OBJECTIVES', 'STEPS', 'KEY', 'derivative_along', 'M
            'run_setting', 'peak_memory', 'judge', 'mean_pair', 'Job', 'jobs', 'bench', 'as_key', 'read_rows',
            'bench_table']
 
-# %% ../nbs/1_plane/11_objectives.ipynb #94d3c567
+# %% ../nbs/1_plane/11_objectives.ipynb #62d16c8f
 import json
 import math
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+# %% ../nbs/1_plane/11_objectives.ipynb #3557eb66
 from .comparing import Comparison, precision_recall, properties, wasserstein
 from .config import Config, InputError, build, describe, find, load_config, names, register, replacing, unknown
 from .consistency import Semigroup, SoFlow, hidden, rows_of, summed, velocity_loss
@@ -78,7 +79,7 @@ class Shortcut(Semigroup):
         shortest = torch.where(uniform(n, generator) < 0.5, fm, fm - 1 / self.finest)                     # half of them as a jump
         return Draws(noise_like(batch.x0, generator), torch.cat([fm, s + d]), torch.cat([shortest, s]), torch.cat([fm, s + d / 2]), regressed=n, dropped=hidden(self.target, batch, generator))
 
-# %% ../nbs/1_plane/11_objectives.ipynb #f1c9d84e
+# %% ../nbs/1_plane/11_objectives.ipynb #5ef1fc13
 class Trajectories:
     "A pool of solutions of a flow from fresh noise: states (T, N, ...) at the falling times (T,)."
     def __init__(self, field, shape,            # a VelocityField; the shape of one sample
@@ -92,6 +93,7 @@ class Trajectories:
     def draw(self, n: int, generator) -> torch.Tensor:   # (n,) numbers of trajectories
         return torch.randint(self.states.shape[1], (n,), generator=generator, device=generator.device).to(self.states.device)
 
+# %% ../nbs/1_plane/11_objectives.ipynb #d2ca22c7
 def without_labels(batch: Batch):
     "Raises InputError for labelled data: the pool has no labels."
     if batch.y is not None: raise InputError("The trajectories of a pool have no labels, but the data have. Train without classes.")
@@ -140,10 +142,14 @@ class Setting:
     answer: str = "map"            # "map" f(x, t, s); "velocity", used by Euler steps; "data", a map that ends at 0 only
     oracle: bool = False           # uses the exact flow
 
-# %% ../nbs/1_plane/11_objectives.ipynb #a6a59662
+# %% ../nbs/1_plane/11_objectives.ipynb #548c21b2
 def exponential(r_init, r_end): return {"name": "exponential", "r_init": r_init, "r_end": r_end}
-ahead = {"name": "soflow", "lam": 0.33, "schedule": exponential(0.5, 0.1)}       # a velocity that is nearly marginal allows long steps
+
+# %% ../nbs/1_plane/11_objectives.ipynb #e914aeed
+ahead = {"name": "soflow", "lam": 0.33, "schedule": exponential(0.5, 0.1)}
 pair = {"name": "soflow", "p": 0.5, "eps": 0.1, "times": {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.7}, "stride": "length", "schedule": exponential(0.15, 0.008), "lam": 0.25}
+
+# %% ../nbs/1_plane/11_objectives.ipynb #d090f2ea
 OBJECTIVES = register("study", "objectives")({
     "flow_matching": Setting("flow matching", {"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
     "reflow": Setting("rectified flow, one reflow", {"objective": {"name": "reflow", "times": "uniform"}}, "a teacher and its ODE pairs", teacher={"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
@@ -277,10 +283,13 @@ def bench(path, todo: list):   # file for the rows; jobs -> iterator of rows
             with replacing(path) as temporary: temporary.write_text(json.dumps(list(rows.values()), indent=1), encoding="utf-8")
         yield rows[key]
 
-# %% ../nbs/1_plane/11_objectives.ipynb #ea60b46d
+# %% ../nbs/1_plane/11_objectives.ipynb #accef862
 KEY = ("study", "dataset", "setting", "seed", "seconds", "base", "recipe")
+
+# %% ../nbs/1_plane/11_objectives.ipynb #772349dc
 def as_key(row: dict) -> tuple: return tuple(row[name] for name in KEY)
 
+# %% ../nbs/1_plane/11_objectives.ipynb #1b6a689b
 def read_rows(path) -> list:
     "The rows of an earlier bench, if there is one. Raises InputError for a file that is something else."
     if not Path(path).exists(): return []
