@@ -62,7 +62,7 @@ def jupyter(request, tmp_path):
 def test_widgets_answer_mouse_keyboard_and_touch(jupyter):
     application, url = jupyter
     settings = {"url": url, "chromium": CHROMIUM, "lab": application == "lab", "shots": os.environ.get("SOFLOW_SHOTS", "")}
-    done = subprocess.run(["node", str(BROWSER / "drive.mjs"), json.dumps(settings)], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(["node", str(BROWSER / "drive.mjs"), json.dumps(settings)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout)
     start, dragged, keyed, back, touched = (seen[name] for name in ("start", "dragged", "keyed", "back", "touched"))
