@@ -111,11 +111,11 @@ def digest(notebook) -> str:
         name = waiting.pop()
         modules[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
         waiting |= imported(modules[name]) - modules.keys()
-    # The comments in which nbdev names the cell of origin are no part of what a module does.
+    # Neither the comments in which nbdev names the cell of origin nor empty lines are part of what a module does.
     text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
     if reads_configurations(run):
         text.append(configurations())
-    return hashlib.sha256("\0".join([code, *text]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(re.sub(r"\n\s*\n+", "\n", part) for part in [code, *text]).encode()).hexdigest()[:16]
 
 
 def staleness(path: Path) -> str:

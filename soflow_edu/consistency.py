@@ -152,13 +152,11 @@ class SoFlow:
     target: object = "conditional"     # velocity of the step, and of the regression
     jumps: int = 1                     # in how many jumps the model goes from x_l to s; 1 as published
     stride: str = "share"              # whether r is a share of the jump, as published, or a "length" of time
-
     def __post_init__(self):
         if self.stride not in ("share", "length"): raise unknown("stride", self.stride, ("share", "length"))
         if not 0 <= self.lam <= 1: raise InputError(f"lam is {self.lam}, but a share lies in [0, 1].")
         if self.jumps < 1: raise InputError(f"jumps is {self.jumps}, but the model needs at least one to reach s.")
         for kind in ("times", "schedule", "target"): setattr(self, kind, build(kind, getattr(self, kind)))
-
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         B, n = len(batch.x0), int(self.lam * len(batch.x0))
         fm, (t, s) = self.times.sample_t(n, generator), self.times.sample(B - n, generator)

@@ -188,7 +188,6 @@ function part(tag, kind, parent, text = "") {
   parent.appendChild(node);
   return node;
 }
-
 function addSlider(control, parent, send) {
   const row = part("div", "soflow-row", parent), id = "soflow-" + Math.random().toString(36).slice(2);
   const label = part("label", "", row, control.label), input = part("input", "", row), out = part("output", "", row);
@@ -202,7 +201,6 @@ function addSlider(control, parent, send) {
     input.setAttribute("aria-valuetext", out.textContent);
   };
 }
-
 function addPlay(control, parent, model, send) {
   const button = part("button", "soflow-play", parent, "Play");
   let timer = 0;
@@ -372,26 +370,22 @@ class Interactive:
                  play: str = ""):        # name of a control that a button runs through
         self.about, self.controls, self.picture, self.drag, self.play = about, {c.name: c for c in controls}, picture, drag, play
         self.values = {c.name: c.value for c in controls}
-
     def checked(self, values: dict) -> dict:
         "All values after some have changed. Raises InputError for an unknown name or a value out of range."
         for name in values:
             if name not in self.controls: raise unknown("control", name, self.controls)
         return self.values | {name: self.controls[name].nearest(value) for name, value in values.items()}
-
     def scene(self, **values) -> Scene:
         "The scene for the present values, some of them replaced. An error for people becomes its text."
         now = self.checked(values)
         try: return self.picture(**now)
         except InputError as error: return Scene([Panel("no picture", [])], str(error))
-
     def set(self, **values):
         "Moves controls, as the reader would. Raises InputError for an unknown name or a value out of range."
         if (now := self.checked(values)) == self.values: return
         self.values = now
         if live := vars(self).get("widget"):
             with live.hold_sync(): live.values, live.scene = now, message(self.scene())
-
     @cached_property
     def widget(self):
         "The live widget. Raises InputError where anywidget is not installed."
