@@ -18,7 +18,7 @@ def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) 
     angles = (z[:, :, None] * base * torch.arange(1, count + 1, dtype=z.dtype, device=z.device)).flatten(1)
     return torch.cat([z, angles.sin(), angles.cos()], 1)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #bc929d29
+# %% ../nbs/1_plane/05_flow_matching.ipynb #88e726a4
 @register("network", "mlp")
 class MLP(nn.Module):
     "A residual network for points: features of x, t and d = t - s; hidden layers scaled by features of the times; optional classes."
@@ -36,6 +36,7 @@ class MLP(nn.Module):
         self.outlet = nn.Linear(width, dim)
         for layer in self.hidden: nn.init.orthogonal_(layer.weight, 1.3)
         for part in (self.scales.weight, self.outlet.weight, self.outlet.bias): nn.init.zeros_(part)     # a new network answers zero
+        nn.init.ones_(self.scales.bias)
 
     def spec(self): return {"name": "mlp"} | self.options
 
@@ -46,8 +47,8 @@ class MLP(nn.Module):
         times = waves(torch.stack([t, d], 1), o["t_waves"], math.pi)
         h = self.inlet(torch.cat([waves(x, o["x_waves"], o["x_base"]), times], 1))
         if self.labels is not None: h = h + self.labels(torch.full_like(t, o["classes"], dtype=torch.long) if y is None else y)
-        h, scales = nn.functional.silu(h), self.scales(times).view(len(x), len(self.hidden), -1)
-        for i, layer in enumerate(self.hidden): h = h + nn.functional.silu(layer(h) * (1 + scales[:, i]))
+        h, scales = nn.functional.silu(h), self.scales(times).unflatten(1, (len(self.hidden), -1))
+        for layer, scale in zip(self.hidden, scales.unbind(1)): h = h + nn.functional.silu(layer(h) * scale)
         return self.outlet(h)
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #de75a043
