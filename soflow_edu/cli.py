@@ -81,9 +81,9 @@ def version():
     from importlib.metadata import version as installed
     print(installed("soflow_edu"))
 
-# %% ../nbs/4_practice/02_command_line.ipynb #d600abeb
-def bench(study: str, /, datasets: tuple[str, ...] = ("eight_gaussians",), settings: tuple[str, ...] = (), seconds: float = 60.0, seeds: int = 3, json: str = "bench.json"):
-    """Train all settings of a study for the same CPU seconds, one row for each data set, setting and seed, and print a table.
+# %% ../nbs/4_practice/02_command_line.ipynb #db763239
+def bench(study: str, /, datasets: tuple[str, ...] = ("eight_gaussians",), settings: tuple[str, ...] = (), seconds: float = 60.0, steps: int | None = None, seeds: int = 3, json: str = "bench.json"):
+    """Train all settings of a study for the same CPU seconds or steps, one row for each data set, setting and seed, and print a table.
 
     A file that holds some of the rows is gone on with; a row of other settings stays in it and is not used.
 
@@ -92,6 +92,7 @@ def bench(study: str, /, datasets: tuple[str, ...] = ("eight_gaussians",), setti
         datasets: What to learn.
         settings: Settings of the study, if not all.
         seconds: CPU seconds of each training, on one thread.
+        steps: Steps of each training, instead of seconds.
         seeds: How many seeds.
         json: File for the rows.
     """
@@ -100,10 +101,10 @@ def bench(study: str, /, datasets: tuple[str, ...] = ("eight_gaussians",), setti
     for name in datasets:
         if name not in names("data"): raise unknown("data set", name, names("data"))
     from soflow_edu.objectives import bench as run, bench_table, jobs
-    rows, todo = [], jobs(study, datasets, settings, seconds, seeds)
+    rows, todo = [], jobs(study, datasets, settings, seconds, seeds, steps)
     for number, row in enumerate(run(json, todo), 1):
         rows.append(row)
-        print(f"{number:3d} of {len(todo)}: {row['dataset']}, {row['setting']}, seed {row['seed']}: relative error {row['relative_rmse'][0]:.4f} in one step after {row['steps']:,} steps, {row['train_seconds']:.1f} CPU s", flush=True)
+        print(f"{number:3d} of {len(todo)}: {row['dataset']}, {row['setting']}, seed {row['seed']}: relative error {row['relative_rmse'][0]:.4f} in one step after {row['steps_done']:,} steps, {row['train_seconds']:.1f} CPU s", flush=True)
     print(f"\n{bench_table(rows)}\n\nWritten to {json}.")
 
 # %% ../nbs/4_practice/02_command_line.ipynb #2bbab96b

@@ -7,13 +7,13 @@ __all__ = ['ahead', 'pair', 'imagenet', 'OBJECTIVES', 'STEPS', 'KEY', 'RECIPE', 
            'judge', 'Job', 'jobs', 'one_thread', 'bench', 'as_key', 'read_rows', 'of_seeds', 'table_line',
            'bench_table', 'recipe']
 
-# %% ../nbs/1_plane/11_objectives.ipynb #ee3ada4a
+# %% ../nbs/1_plane/11_objectives.ipynb #812a4da5
 import json
+import math
 import os
 import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import log2, nan
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ class MeanFlow(SoFlow):
             solution = adaptive_weight(error, self.p, self.eps) * error, error
         return summed(self, progress, velocity, solution)
 
-# %% ../nbs/1_plane/11_objectives.ipynb #5876268c
+# %% ../nbs/1_plane/11_objectives.ipynb #46557ff5
 @register("objective", "consistency")
 @dataclass
 class ConsistencyTraining(SoFlow):
@@ -64,19 +64,19 @@ class ConsistencyTraining(SoFlow):
     lam: float = 0.0
     grid: tuple = (8, 128)   # intervals at the start and at the end
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
-        doublings = int(progress * (1 + log2(self.grid[1] / self.grid[0])))
+        doublings = int(progress * (1 + math.log2(self.grid[1] / self.grid[0])))
         N = min(self.grid[0] * 2**doublings, self.grid[1])
         k = torch.randint(1, N + 1, (len(batch.x0),), generator=generator, device=generator.device)
         return Draws(noise_like(batch.x0, generator), k / N, torch.zeros(len(k), device=k.device), (k - 1) / N, regressed=0, dropped=hidden(self.target, batch, generator))
 
-# %% ../nbs/1_plane/11_objectives.ipynb #3e4dc93f
+# %% ../nbs/1_plane/11_objectives.ipynb #eb7729b6
 @register("objective", "shortcut")
 @dataclass
 class Shortcut(Semigroup):
     "Shortcut models: a jump equals two of half its length, for lengths 1, 1/2, ...; the shortest, 1/finest, is taken as a velocity."
     finest: int = 64
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
-        B, n, levels = len(batch.x0), int(self.lam * len(batch.x0)), int(log2(self.finest))
+        B, n, levels = len(batch.x0), int(self.lam * len(batch.x0)), int(math.log2(self.finest))
         d = 0.5 ** torch.randint(0, levels, (B - n,), generator=generator, device=generator.device)      # 1, 1/2, ..., 2/finest
         s = (uniform(B - n, generator) / d).floor() * d
         fm = uniform(n, generator).clamp(min=1 / self.finest)
@@ -149,12 +149,12 @@ class Setting:
 # %% ../nbs/1_plane/11_objectives.ipynb #548c21b2
 def exponential(r_init, r_end): return {"name": "exponential", "r_init": r_init, "r_end": r_end}
 
-# %% ../nbs/1_plane/11_objectives.ipynb #16984979
+# %% ../nbs/1_plane/11_objectives.ipynb #750e9d2f
 ahead = {"name": "soflow", "lam": 0.33, "schedule": exponential(0.5, 0.1)}
-pair = {"name": "soflow", "p": 0.5, "eps": 0.1, "times": {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.7}, "stride": "length", "schedule": exponential(0.15, 0.008), "lam": 0.25}
+pair = {"name": "soflow", "lam": 0.25, "p": 0.5, "eps": 0.1, "times": {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.7}, "schedule": exponential(0.3, 0.015)}
 imagenet = {"name": "soflow", "lam": 0.75, "p": 1.0, "eps": 0.01, "times": "published", "schedule": exponential(0.1, 0.002)}
 
-# %% ../nbs/1_plane/11_objectives.ipynb #8a99c010
+# %% ../nbs/1_plane/11_objectives.ipynb #98eb591e
 OBJECTIVES = register("study", "objectives")({
     "flow_matching": Setting("flow matching", {"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
     "reflow": Setting("rectified flow, one reflow", {"objective": {"name": "reflow", "times": "uniform"}}, "a teacher and its ODE pairs", teacher={"objective": {"name": "flow_matching", "times": "corner"}}, answer="velocity"),
@@ -162,7 +162,8 @@ OBJECTIVES = register("study", "objectives")({
     "consistency": Setting("consistency training", {"objective": {"name": "consistency", "p": 0.5, "eps": 0.1}, "learning_rate": 3e-3}, answer="data"),
     "shortcut": Setting("shortcut model", {"objective": {"name": "shortcut"}, "learning_rate": 4e-3}),
     "soflow_paper": Setting("SoFlow, settings of the paper", {"objective": imagenet, "learning_rate": 3e-3}),
-    "soflow": Setting("SoFlow, velocity of the pair", {"objective": pair, "learning_rate": 3e-3}),
+    "soflow": Setting("SoFlow, velocity of the pair", {"objective": pair, "learning_rate": 2e-3, "batch": 512}),
+    "soflow_small": Setting("the same, smaller network", {"objective": pair, "learning_rate": 2e-3, "batch": 512, "network": {"name": "mlp", "width": 64, "depth": 4, "x_waves": 4, "t_waves": 4}}),
     "soflow_jumps": Setting("SoFlow, target in three jumps", {"objective": {"name": "soflow", "lam": 0.5, "p": 0.5, "eps": 1.0, "jumps": 3, "schedule": exponential(0.3, 0.02)}, "learning_rate": 4e-3}),
     "soflow_own": Setting("SoFlow, own velocity", {"objective": ahead | {"lam": 0.5, "target": "own"}, "learning_rate": 5e-3}),
     "soflow_batch": Setting("SoFlow, mini-batch", {"objective": ahead | {"target": "batch"}, "learning_rate": 5e-3}),
@@ -183,13 +184,14 @@ class EulerMap:
         t, s = check_span(x, t, s)
         return x + expand(s - t, x) * self.velocity(x, t, y)
 
-# %% ../nbs/1_plane/11_objectives.ipynb #9c2c355b
+# %% ../nbs/1_plane/11_objectives.ipynb #e16c1d97
 def prepare(setting: Setting, config: Config, law) -> tuple:   # -> model, objective, configuration
-    "What a setting trains. A teacher is trained first, in half of the seconds, and its model is the start; an oracle is given the exact flow."
+    "What a setting trains. A teacher is trained first, in half of the seconds or steps, and its model is the start; an oracle is given the exact flow."
     config = replace(config, **setting.changes)
-    options, model, count = dict(config.objective), None, int(400 * config.seconds)     # trajectories in the pool
+    options, model, count = dict(config.objective), None, int(400 * config.seconds) if config.steps is None else 6 * config.steps     # trajectories in the pool
     if setting.teacher:
-        half = replace(config, **setting.teacher, seconds=config.seconds / 2)
+        config = replace(config, steps=config.steps and math.ceil(config.steps / 2))
+        half = replace(config, **setting.teacher, seconds=config.seconds and config.seconds / 2)
         for step in train(*assemble(half), law, half): pass
         model = trained(step.run).train().requires_grad_(True)
         options["trajectories"] = Trajectories(model, law.shape, count, seed=config.seed)
@@ -226,17 +228,19 @@ def peak_memory(step, device="cpu") -> float:   # a function of nothing -> MB
         highest = max(highest, held)
     return highest / 2**20
 
-# %% ../nbs/1_plane/11_objectives.ipynb #331ef854
+# %% ../nbs/1_plane/11_objectives.ipynb #ce4ce25a
 def run_setting(setting: Setting, config: Config, law) -> tuple:   # -> a trained map, what the training took
-    "Trains a setting for the seconds of the configuration, its preparation included. Raises InputError if nothing is left for the training."
+    "Trains a setting for the seconds or steps of the configuration, its preparation included. Raises InputError if nothing is left for the training."
     start, durations, last = clock(config.device), [], None
     model, objective, config = prepare(setting, config, law)
-    left = config.seconds - (clock(config.device) - start)
-    if left <= 0: raise InputError(f"To prepare the {setting.label} took longer than {config.seconds:g} seconds. Give more.")
-    for step in train(model, objective, law, replace(config, seconds=left)):
+    if config.steps is None:
+        left = config.seconds - (clock(config.device) - start)
+        if left <= 0: raise InputError(f"To prepare the {setting.label} took longer than {config.seconds:g} seconds. Give more.")
+        config = replace(config, seconds=left)
+    for step in train(model, objective, law, config):
         if last is not None: durations.append(step.seconds - last)
         last = step.seconds
-    took = {"steps": step.steps, "train_seconds": clock(config.device) - start, "step_ms": 1000 * statistics.median(durations or [nan])}
+    took = {"steps_done": step.steps, "train_seconds": clock(config.device) - start, "step_ms": 1000 * statistics.median(durations or [math.nan])}
     one_more = begin(model, objective, replace(config, steps=2))
     took["memory_mb"] = peak_memory(lambda: advance(one_more, objective, law), config.device)
     model = trained(step.run)
@@ -267,7 +271,7 @@ def judge(model, flow, name: str, answer: str = "map", count: int = 4096, sets: 
            "precision_recall": mean_over(precision_recall, ends["jump"][0], data), "precision_recall_exact": mean_over(precision_recall, truth, data)}
     return row if answer == "data" else row | properties(Comparison(model, flow, x1))
 
-# %% ../nbs/1_plane/11_objectives.ipynb #1983d1dc
+# %% ../nbs/1_plane/11_objectives.ipynb #1ae8fcf3
 @dataclass(frozen=True)
 class Job:
     "What a row is about."
@@ -275,8 +279,9 @@ class Job:
     dataset: str
     setting: str
     seed: int
-    seconds: float
-    base: str = "plane"   # configuration of which the settings are changes
+    seconds: float | None   # CPU seconds of the training, or
+    steps: int | None       # steps of the training
+    base: str = "plane"     # configuration of which the settings are changes
 
     @property
     def key(self) -> dict:
@@ -289,18 +294,18 @@ class Job:
     def run(self) -> dict:
         "Trains and judges; a row that can be written as JSON."
         law, setting = law_of(self.dataset), find("study", self.study)[self.setting]
-        model, took = run_setting(setting, replace(load_config(self.base), data=self.dataset, seconds=float(self.seconds), steps=None, seed=self.seed), law)
+        model, took = run_setting(setting, replace(load_config(self.base), data=self.dataset, seconds=self.seconds, steps=self.steps, seed=self.seed), law)
         return self.key | took | judge(model, ExactFlow(law, model.path), self.dataset, setting.answer)
 
-# %% ../nbs/1_plane/11_objectives.ipynb #7d31e89a
-def jobs(study: str, datasets=("eight_gaussians",), settings=None, seconds: float = 60.0, seeds: int = 3, base: str = "plane") -> list:
-    "The jobs of a study. Raises InputError for a name that does not exist."
+# %% ../nbs/1_plane/11_objectives.ipynb #c5f0374c
+def jobs(study: str, datasets=("eight_gaussians",), settings=None, seconds: float = 60.0, seeds: int = 3, steps: int | None = None, base: str = "plane") -> list:
+    "The jobs of a study: so many CPU seconds each, or so many steps if they are given. Raises InputError for a name that does not exist."
     known = find("study", study)
     for kind, given, names_ in (("data set", datasets, names("data")), ("setting", settings or (), known)):
         for name in given:
             if name not in names_: raise unknown(kind, name, names_)
-    if seconds < 2 or seeds < 1: raise InputError(f"seconds is {seconds:g} and seeds is {seeds}, but a row takes at least 2 seconds, and a study at least one seed.")
-    return [Job(study, dataset, name, seed, float(seconds), base) for dataset in datasets for name in settings or known for seed in range(seeds)]
+    if seconds < 2 or seeds < 1 or steps is not None and steps < 1: raise InputError(f"seconds is {seconds:g}, steps is {steps} and seeds is {seeds}, but a row takes at least 2 seconds or one step, and a study at least one seed.")
+    return [Job(study, dataset, name, seed, None if steps else float(seconds), steps, base) for dataset in datasets for name in settings or known for seed in range(seeds)]
 
 # %% ../nbs/1_plane/11_objectives.ipynb #b4f2f3b7
 @contextmanager
@@ -322,8 +327,8 @@ def bench(path, todo: list):   # file for the rows; jobs -> iterator of rows
             with replacing(path) as temporary: temporary.write_text(json.dumps(list(rows.values()), indent=1), encoding="utf-8")
         yield rows[key]
 
-# %% ../nbs/1_plane/11_objectives.ipynb #accef862
-KEY = ("study", "dataset", "setting", "seed", "seconds", "base", "recipe")
+# %% ../nbs/1_plane/11_objectives.ipynb #d96bf24b
+KEY = ("study", "dataset", "setting", "seed", "seconds", "steps", "base", "recipe")
 
 # %% ../nbs/1_plane/11_objectives.ipynb #772349dc
 def as_key(row: dict) -> tuple: return tuple(row[name] for name in KEY)
@@ -337,7 +342,7 @@ def read_rows(path) -> list:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= row.keys() for row in rows): raise InputError(f"{path} exists but holds no rows of a bench, so nothing was written. Choose another file.")
     return rows
 
-# %% ../nbs/1_plane/11_objectives.ipynb #11750bcf
+# %% ../nbs/1_plane/11_objectives.ipynb #6fa292da
 def of_seeds(values: list) -> str:   # one number for each seed, or None where there is no answer
     "Mean and standard deviation over the seeds."
     if None in values: return "-"
@@ -346,21 +351,21 @@ def of_seeds(values: list) -> str:   # one number for each seed, or None where t
 def table_line(label: str, rows: list, sampler: str) -> str:   # padded label, rows of one setting, sampler of W2
     "Errors and W2 in 1, 2 and 4 steps, and what the training took."
     cells = [of_seeds([row["relative_rmse"][i] for row in rows]) for i in range(3)] + [of_seeds([row["w2"][sampler][i] for row in rows]) for i in range(3)]
-    ms, steps, memory = (statistics.mean(row[key] for row in rows) for key in ("step_ms", "steps", "memory_mb"))
+    ms, steps, memory = (statistics.mean(row[key] for row in rows) for key in ("step_ms", "steps_done", "memory_mb"))
     return label + "".join(f"{cell:>14s}" for cell in cells) + f"{ms:9.1f}{steps:8,.0f}{memory:7.1f}{len(rows):7d}"
 
-# %% ../nbs/1_plane/11_objectives.ipynb #5428db83
+# %% ../nbs/1_plane/11_objectives.ipynb #a3e3a56f
 def bench_table(rows: list) -> str:
     "A block for each data set, a line for each setting, sorted by the one-step error: mean ± standard deviation over the seeds."
-    blocks, part = {}, lambda row: (row["study"], row["dataset"], row["seconds"])
+    blocks, part = {}, lambda row: (row["study"], row["dataset"], f"{row['seconds']:g} CPU seconds" if row["seconds"] else f"{row['steps']:,} steps")
     for row in rows: blocks.setdefault(part(row), {}).setdefault(row["setting"], []).append(row)
     lines = []
-    for (study, dataset, seconds), groups in blocks.items():
+    for (study, dataset, budget), groups in blocks.items():
         known, whole = find("study", study), [row for group in groups.values() for row in group]
         labels = {name: known[name].label + (" (oracle)" if known[name].oracle else "") for name in groups}
         width = max(32, *map(len, labels.values()))
         exact, floor = (of_seeds([statistics.mean(row[key] for row in whole)]) for key in ("w2_exact", "w2_floor"))
-        lines += ["", f"{dataset}, {seconds:g} CPU seconds. W2 to held-out data of the exact map: {exact}; of other data: {floor}",
+        lines += ["", f"{dataset}, {budget}. W2 to held-out data of the exact map: {exact}; of other data: {floor}",
                   f"{'relative error in 1, 2, 4 steps':{width}s}" + "".join(f"{head:>14s}" for head in ("error, 1", "2", "4", "W2, 1", "2", "4")) + f"{'ms/step':>9s}{'steps':>8s}{'MB':>7s}{'seeds':>7s}"]
         for name in sorted(groups, key=lambda name: statistics.mean(row["relative_rmse"][0] for row in groups[name])):
             lines.append(table_line(f"{labels[name]:{width}s}", groups[name], "renoise" if known[name].answer == "data" else "jump"))

@@ -119,11 +119,11 @@ def stratified(n: int, generator: torch.Generator) -> torch.Tensor:   # (n,) in 
     "One uniform number from each of n equal parts of [0, 1)."
     return (torch.arange(n, device=generator.device) + uniform(n, generator)) / max(n, 1)
 
-# %% ../nbs/1_plane/01_paths.ipynb #46aa3df5
+# %% ../nbs/1_plane/01_paths.ipynb #5d3336fa
 @register("times", "corner")
 @dataclass(frozen=True)
 class CornerTimes:
-    "Uniform pairs, of which shares are moved to the corner (1, 0), to the edge t = 1 and to the edge s = 0; velocity times of density 2t."
+    "Uniform pairs, of which shares are moved to the corner (1, 0), to the edge t = 1 and to the edge s = 0; velocity times of density 2t. Times come in rising order, for mini-batches whose rows are in random order."
     corner: float = 0.3
     t1: float = 0.1
     s0: float = 0.1
