@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential', 'difference_quotient', 'Rows', 'Conditional',
-           'OwnVelocity', 'Exact', 'batch_velocity', 'BatchVelocity', 'SoFlow', 'hidden', 'rows_of', 'summed',
-           'velocity_loss', 'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
+           'OwnVelocity', 'Exact', 'posterior_logits', 'velocity_given', 'batch_velocity', 'BatchVelocity', 'SoFlow',
+           'hidden', 'rows_of', 'summed', 'velocity_loss', 'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
 
-# %% ../nbs/1_plane/08_consistency.ipynb #d00d378b
+# %% ../nbs/1_plane/08_consistency.ipynb #d8d2bfb8
 import math
 from dataclasses import dataclass, field
 
 import torch
 
 from .config import InputError, build, register, unknown
+from .distributions import of_class
 from .flow_matching import Batch, Draws, Loss, adaptive_weight, mse, noise_like
 from .paths import MIN_GAP, expand, uniform
 
@@ -117,16 +118,21 @@ class Exact:
     regress = step
     def spec(self): return {"name": "exact"}
 
-# %% ../nbs/1_plane/08_consistency.ipynb #3f91d786
+# %% ../nbs/1_plane/08_consistency.ipynb #c27c365c
+def posterior_logits(path, xt, t, x0, y=None, labels=None):   # xt (n, ...), t (n,), x0 (N, ...), y (n,) of xt, labels (N,) of x0 -> (n, N)
+    "Logits of the probability that each of the data led to x_t, all being equally likely before."
+    a, b, data = path.alpha(t)[:, None], path.beta(t)[:, None].clamp(min=MIN_GAP), x0.flatten(1)
+    return of_class(a / b**2 * xt.flatten(1) @ data.T - 0.5 * (a / b)**2 * data.pow(2).sum(1), labels, y)
+
+# %% ../nbs/1_plane/08_consistency.ipynb #e120663c
+def velocity_given(path, xt, t, x0):   # xt (n, ...), t (n,), x0 (n, ...) -> (n, ...)
+    "The conditional velocity at x_t of the pair whose data point is x0: alpha' x0 + beta' (x_t - alpha x0) / beta."
+    a, b, da, db = (expand(part, xt) for part in (path.alpha(t), path.beta(t).clamp(min=MIN_GAP), path.dalpha(t), path.dbeta(t)))
+    return da * x0 + db * (xt - a * x0) / b
+
 def batch_velocity(path, xt, t, x0, y=None, labels=None):   # xt (n, ...), t (n,), x0 (N, ...), y (n,) of xt, labels (N,) of x0 -> (n, ...)
     "The mean conditional velocity over all data points that could have led to x_t, each as likely as it made x_t."
-    a, b = path.alpha(t)[:, None], path.beta(t)[:, None].clamp(min=MIN_GAP)
-    points, rows = x0.flatten(1), xt.flatten(1)
-    logits = a / b**2 * rows @ points.T - 0.5 * (a / b)**2 * points.pow(2).sum(1)
-    if y is not None: logits = logits.masked_fill(y[:, None] != labels, -torch.inf)
-    m0 = logits.softmax(1) @ points
-    v = path.dalpha(t)[:, None] * m0 + path.dbeta(t)[:, None] * (rows - a * m0) / b
-    return v.view_as(xt)
+    return velocity_given(path, xt, t, (posterior_logits(path, xt, t, x0, y, labels).softmax(1) @ x0.flatten(1)).view_as(xt))
 
 # %% ../nbs/1_plane/08_consistency.ipynb #a451f893
 @register("target", "batch")

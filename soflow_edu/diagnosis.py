@@ -6,10 +6,10 @@ __all__ = ['WRONG_TIMES', 'WARD', 'SHORT', 'RECIPES', 'BREAKS', 'LENGTHS', 'MEAS
            'BackwardCoefficients', 'stale_average', 'rewired', 'patient', 'Probe', 'View', 'MirrorView', 'suspicions',
            'solved', 'ratio', 'reference_of', 'noise_end', 'Posterior', 'at_rest', 'jumps', 'velocity_error',
            'error_of', 'undo', 'laws_of_maps', 'laws_of_samples', 'record_of', 'coverage', 'holds', 'Pattern', 'undone',
-           'Diagnosis', 'passed', 'examine', 'diagnose', 'open_run', 'same', 'toys', 'prepare', 'shape_of',
-           'report_run', 'draw_diagnosis']
+           'Diagnosis', 'passed', 'examine', 'diagnose', 'open_run', 'same', 'prepare', 'shape_of', 'report_run',
+           'draw_diagnosis']
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #246737f2
+# %% ../nbs/1_plane/15_diagnosis.ipynb #09843041
 import operator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ import torch
 
 from .comparing import evaluating, wasserstein
 from .config import COLOURS, InputError, build, canvas, describe, make_config, names, unknown
-from .consistency import SoFlow
+from .consistency import SoFlow, look_ahead, posterior_logits, rows_of, solution_loss, summed, velocity_given, velocity_loss
 from .distributions import FiniteSet, law_of
 from .flow_matching import Loss, mse
 from .odes import ExactFlow, IntegrationError, OdeFlow
@@ -28,25 +28,22 @@ from .solution import EulerCoefficients, SolutionModel, check_span, identity_def
 from .toys import plot_points
 from .training import Run, assemble, load_run, resume_run, train, trained
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #28cf1716
+# %% ../nbs/1_plane/15_diagnosis.ipynb #c7bce6ce
 class WithoutStop(SoFlow):
     "SoFlow whose consistency loss also moves f(x_l, l, s): the stop-gradient is missing."
     def loss(self, model, batch, draws, progress):
-        n, (xt, v) = draws.regressed, model.path.interpolate(batch.x0, draws.x1, draws.t)
-        cut = lambda part, rows: None if part is None else part[rows]
-        fm = mse(model.velocity(xt[:n], draws.t[:n], cut(batch.y, slice(n))), v[:n]).mean()
-        xt, v, t, s, l, y = (cut(part, slice(n, None)) for part in (xt, v, draws.t, draws.s, draws.l, batch.y))
-        gap = model(xt, t, s, y) - model(xt - expand(t - l, xt) * v, l, s, y)          # no detach() on the second
-        scm = (gap.pow(2).flatten(1).mean(1) / ((t - l) * (t - s))).mean()
-        return Loss(self.lam * fm + (1 - self.lam) * scm, {"velocity_mse": fm.detach(), "solution_mse": scm.detach()})
+        rows, n = rows_of(model, batch, draws), draws.regressed
+        still, moving = rows[:n], rows[n:]
+        F, ahead = model.F(rows.xt, rows.t, rows.s, rows.y), look_ahead(model, moving, moving.v_cond)
+        return summed(self, progress, velocity_loss(self, model, still, F[:n], still.v_cond), solution_loss(self, model, moving, F[n:], *ahead))
     def spec(self): return describe(SoFlow(**vars(self)))
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #2f7019d7
+# %% ../nbs/1_plane/15_diagnosis.ipynb #2e425fd0
 class TowardsData(SoFlow):
     "Regression of f(x_t, t, 0) on x0, as the method is sometimes retold."
     def loss(self, model, batch, draws, progress):
-        xt, _ = model.path.interpolate(batch.x0, draws.x1, draws.t)
-        error = mse(model(xt, draws.t, 0.0, batch.y), batch.x0).mean()
+        rows = rows_of(model, batch, draws)
+        error = mse(model(rows.xt, rows.t, 0.0, rows.y), batch.x0).mean()
         return Loss(error, {"solution_mse": error.detach()})
     spec = WithoutStop.spec
 
@@ -103,7 +100,7 @@ BREAKS = {name: lambda run, wrong=wrong: rewired(run, wrong) for name, wrong in 
     "sign_of_b": lambda run: replace(run, model=SolutionModel(run.model.net, run.model.path, BackwardCoefficients())),
     "stale_average": stale_average}
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #3fcee7a5
+# %% ../nbs/1_plane/15_diagnosis.ipynb #38501e4e
 def patient(name: str,                        # a key of RECIPES, to be trained, or of BREAKS, done to a healthy run
             data: str = "eight_gaussians",    # a toy
             seed: int = 0, steps: int = 1200,
@@ -112,25 +109,24 @@ def patient(name: str,                        # a key of RECIPES, to be trained,
     "A model that is healthy, or broken on purpose. Raises InputError for an unknown name."
     if name not in RECIPES | BREAKS: raise unknown("patient", name, RECIPES | BREAKS)
     if name in BREAKS: return BREAKS[name](deepcopy(healthy or patient("healthy", data, seed, steps)))
-    recipe = {"steps": steps, "data": data} | RECIPES[name]
-    objective = recipe.pop("objective", None)
-    plain = objective if isinstance(objective, str | dict) else None
-    config = make_config(WARD | {"seed": seed} | recipe | ({"objective": plain} if plain else {}))
+    recipe = WARD | {"seed": seed, "steps": steps, "data": data} | RECIPES[name]
+    objective, named = recipe["objective"], isinstance(recipe["objective"], dict)
+    config = make_config(recipe if named else recipe | {"objective": WARD["objective"]})       # an objective that is wrong on purpose has no name to stand there
     model, made = assemble(config)
-    for step in train(model, made if plain or objective is None else objective, law_of(config.data), config): pass
+    for step in train(model, made if named else objective, law_of(config.data), config): pass
     return step.run
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #5461ce08
 LENGTHS = {"short": (0.05, 0.2), "middle": (0.3, 0.5), "long": (0.6, 0.9), "corner": (1.0, 1.0)}   # of t - s
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #ea4bf628
+# %% ../nbs/1_plane/15_diagnosis.ipynb #daa46332
 class Probe:
     "The points, times and labels at which a model is examined, and what is known of the truth there. Row blocks of `count` have the LENGTHS."
     def __init__(self, model, flow, source, x1, y, count, seed, labelled=False):   # source: anything with sample(n, generator), or None; labelled: its labels are used if y is None
         self.model, self.flow, self.source, self.count, self.seed, self.labelled = model, flow, source, count, seed, labelled
         self.path, rows = getattr(flow, "path", None) or getattr(model, "path", None) or LinearPath(), torch.arange(4 * count)
         self.x1, self.y = x1[rows % len(x1)], None if y is None else y[rows % len(y)]
-        self.x0 = self.fresh_data()
+        self.x0, self.v, self.target, self.posterior = self.fresh_data(), None, None, None       # the last three are for `examine` to fill in
         u, v = torch.rand(2, 4 * count, generator=self.generator(1)).to(x1)
         low, high = torch.tensor(list(LENGTHS.values())).repeat_interleave(count, 0).T.to(x1)
         d = low + (high - low) * u
@@ -147,10 +143,12 @@ class Probe:
 
     @property
     def knows_law(self): return self.x0 is not None
+    @property
+    def by_flow(self): return self.flow is not None and (self.y is not None or self.source is None)   # whether points are carried by the flow
 
     def fresh_data(self):   # (4 count, ...), or None
         "Data with the labels of the probe: samples, or for labelled noise the ends of exact trajectories."
-        if self.flow is not None and (self.y is not None or self.source is None): return self.flow.solution(self.noise(4), 1.0, 0.0, self.y)
+        if self.by_flow: return self.flow.solution(self.noise(4), 1.0, 0.0, self.y)
         if self.source is None: return None
         x0, y = self.source.sample(len(self.x1), self.generator(5))
         if self.labelled: self.y = y.to(self.x1.device)
@@ -158,7 +156,7 @@ class Probe:
 
     def points(self, t, stream):   # (4 count,) -> (4 count, ...)
         "Points of the law at time t."
-        if self.flow is not None and (self.y is not None or self.source is None): return self.flow.solution(self.noise(stream), 1.0, t, self.y)
+        if self.by_flow: return self.flow.solution(self.noise(stream), 1.0, t, self.y)
         if self.x0 is not None: return self.path.interpolate(self.x0, self.noise(stream), t)[0]
         return OdeFlow(self.model, 1e-3).solution(self.noise(stream), 1.0, t, self.y)
 
@@ -228,18 +226,20 @@ def noise_end(view, probe) -> float:
     gap = view.velocity(x, 1.0, probe.y) - view.velocity(other, 1.0, probe.y) - rate * (x - other)
     return ratio(gap, scale * (x - other))
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #c83a8488
+# %% ../nbs/1_plane/15_diagnosis.ipynb #22805b7f
 class Posterior:
-    "Conditional velocities v_i = A x0_i + C x_t of a pool of data at the points of the probe, and their posterior weights."
+    "Conditional velocities v_i = A x0_i + C x_t of a pool of data at the points of the probe, and the logits of their posterior weights."
     def __init__(self, probe, pool: int = 2000):
-        x, t, (data, labels) = probe.xv.flatten(1).double(), probe.tv[:, None].double(), probe.source.sample(pool, probe.generator(7))
-        a, b, (self.data, self.shape) = probe.path.alpha(t), probe.path.beta(t), (data.flatten(1).to(x), probe.xv)
-        self.A, self.Cx = probe.path.dalpha(t) - probe.path.dbeta(t) * a / b, probe.path.dbeta(t) / b * x
-        self.logits = -0.5 * ((x**2).sum(1, True) - 2 * a * x @ self.data.T + a**2 * (self.data**2).sum(1)) / b**2
-        if probe.y is not None: self.logits = self.logits.masked_fill(labels.to(probe.y)[None] != probe.y[:, None], -torch.inf)
+        data, labels = probe.source.sample(pool, probe.generator(7))
+        self.path, self.x, self.t, self.data, self.dtype = probe.path, probe.xv.double(), probe.tv.double(), data.to(probe.xv.device, torch.float64), probe.xv.dtype
+        self.logits = posterior_logits(self.path, self.x, self.t, self.data, probe.y, labels)
 
-    def mean(self, logits): return (self.A * (logits.softmax(1) @ self.data) + self.Cx).view_as(self.shape).to(self.shape)
-    def squares(self, z): return self.A**2 * torch.cdist((z.flatten(1).double() - self.Cx) / self.A, self.data)**2 / self.data.shape[1]   # MSE(v_i, z)
+    def mean(self, logits):   # (n, pool) -> (n, ...)
+        return velocity_given(self.path, self.x, self.t, (logits.softmax(1) @ self.data.flatten(1)).view_as(self.x)).to(self.dtype)
+    def squares(self, z):     # (n, ...) -> (n, pool), MSE(v_i, z)
+        Cx, A = velocity_given(self.path, self.x, self.t, torch.zeros_like(self.x)), self.path.dalpha(self.t) - self.path.dbeta(self.t) * self.path.alpha(self.t) / self.path.beta(self.t)
+        x0 = (z.double() - Cx) / expand(A, z)         # the data point whose velocity is z
+        return A[:, None]**2 * torch.cdist(x0.flatten(1), self.data.flatten(1))**2 / self.data[0].numel()
     @property
     def reliable(self): return (1 / self.logits.softmax(1).pow(2).sum(1)).median().item() > 20    # data that share the weight
 
@@ -316,14 +316,14 @@ def laws_of_samples(view, probe, target) -> dict:
         found[f"law_{s:g}"] = wasserstein(view.solution(x1, 1.0, s, y)[:n], law[:n]) / max(wasserstein(law[:n], law[n:]), 1e-12)
     return found
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #c8ed2d61
+# %% ../nbs/1_plane/15_diagnosis.ipynb #b1e92717
 def record_of(run) -> dict:   # a Run, or None -> settings by dotted name
     "The settings of a run that a verdict may quote."
     if run is None: return {}
     flat = lambda prefix, value: {k: v for key, part in value.items() for k, v in flat(f"{prefix}.{key}", part).items()} if isinstance(value, dict) else {prefix: value}
-    unused = ("objective.schedule",) if run.objective.get("name") in ("semigroup", "flow_matching") else ()
-    settings = flat("objective", run.objective) | {name: getattr(run.config, name) for name in ("learning_rate", "ema", "seed")} | {"data": str(run.config.data), "steps": run.step}
-    return {key: value for key, value in settings.items() if not key.startswith(unused or "-")}
+    unused = ("schedule",) if run.objective.get("name") in ("semigroup", "flow_matching") else ()
+    objective = {name: value for name, value in run.objective.items() if name not in unused}
+    return flat("objective", objective) | {name: getattr(run.config, name) for name in ("learning_rate", "ema", "seed")} | {"data": str(run.config.data), "steps": run.step}
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #cc6f46cd
 def coverage(run) -> float:
@@ -408,7 +408,7 @@ SOUND = Pattern("sound", ("passed < 1",), "No bug found.", "All that was measure
 UNKNOWN = Pattern("unknown", (), "Something is wrong that no pattern describes.", "See the measurements that are marked.", "Begin with the first marked measurement: velocity before short jumps, short before long.")
 PATTERNS = (NOT_FINITE, *UNDONE, *TRAINED, SOUND, UNKNOWN)
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #ceb31db9
+# %% ../nbs/1_plane/15_diagnosis.ipynb #4674b8e2
 @dataclass
 class Diagnosis:
     "Findings, the pattern that they fit, and what to do."
@@ -430,7 +430,7 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         "Verdict, cause and remedy in words, with the settings of the run that they speak of."
-        blind = "noise_end" in self.measures and self.measures["velocity"] == self.measures["noise_end"]
+        blind = "velocity" in self.measures and self.probe.v is None
         quoted = ", ".join(f"{key.removeprefix('objective.')} = {value}" for key, value in self.settings.items())
         lines = [("Verdict", self.pattern.verdict), ("Cause", self.pattern.cause), ("Do", self.pattern.remedy)] + ([("This run", quoted + ".")] if quoted else []) + ([("Note", "Without truth or data the velocity could be judged at t = 1 only.")] if blind else [])
         return "\n".join(f"{head:9s} {text}" for head, text in lines)
@@ -449,15 +449,14 @@ def passed(name, measures) -> bool:
     "Whether a measurement lies beyond its limit."
     return MEASURES[name][0] is not None and not measures[name] <= MEASURES[name][0]
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #a57651cb
+# %% ../nbs/1_plane/15_diagnosis.ipynb #d6bfd49d
 def examine(model, probe, raw=None) -> dict:
     "All measurements of a model; only `finite` if it returns numbers that are not."
     view = View(model)
     answers = [view.solution(probe.x, probe.t, probe.s, probe.y), view.velocity(probe.xv, probe.tv, probe.y)]
     finite = min(part.isfinite().double().mean().item() for part in answers)
     if finite < 1: return {"finite": finite}
-    probe.posterior = Posterior(probe) if probe.source is not None else None
-    if probe.posterior and not probe.posterior.reliable: probe.posterior = None
+    if probe.source is not None and (posterior := Posterior(probe)).reliable: probe.posterior = posterior
     probe.v = probe.flow.velocity(probe.xv, probe.tv, probe.y) if probe.flow is not None else probe.posterior.mean(probe.posterior.logits) if probe.posterior else None
     probe.target = solved(reference_of(view, probe), probe.x, probe.t, probe.s, probe.y)
     m = {"finite": finite, "velocity": velocity_error(view, probe), "noise_end": noise_end(view, probe), "at_rest": at_rest(view, probe)}
@@ -466,7 +465,7 @@ def examine(model, probe, raw=None) -> dict:
     beyond = [name for name in m if name in MEASURES and passed(name, m)]
     return m | {"passed": len(beyond), "jumps_passed": len({*beyond} & {*LENGTHS, "semigroup"})}
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #b9f7b346
+# %% ../nbs/1_plane/15_diagnosis.ipynb #d7083e8f
 def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run, or the folder of one
              flow=None,            # the truth: ExactFlow, or the OdeFlow of a teacher; for the run of a toy its exact flow if not given
              data=None,            # without a truth: points (N, ...), or anything with sample(n, generator)
@@ -478,7 +477,7 @@ def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run
     if isinstance(model, str | Path): model = open_run(model)
     if isinstance(model, Run):
         run, raw, model = model, model.model if model.ema and not same(model.model.state_dict(), model.ema) else None, trained(model)
-        if flow is None and data is None and run.config.data in toys(): flow = ExactFlow(law_of(run.config.data), model.path, rtol=1e-5)
+        if flow is None and data is None and run.config.data in names("data"): flow = ExactFlow(law_of(run.config.data), model.path, rtol=1e-5)
     if not callable(getattr(model, "solution", model)): raise InputError(f"A {type(model).__name__} cannot be diagnosed. Give a SolutionModel, a map f(x, t, s, y), a Run, or the folder of one.")
     if flow is not None and not (hasattr(flow, "solution") and hasattr(flow, "velocity")): raise InputError(f"The truth is a {type(flow).__name__}, but needs velocity and solution. Give ExactFlow(law, path), or OdeFlow(teacher).")
     if flow is not None and data is not None: raise InputError("Both a flow and data were given. Give the flow if the truth is known, else the data.")
@@ -489,12 +488,11 @@ def diagnose(model,                # a SolutionModel, a map f(x, t, s, y), a Run
     pattern = next(pattern for pattern in PATTERNS if pattern.fits(m))
     return Diagnosis(m, pattern, record_of(run), "the truth" if flow is not None else "the model's own velocity" + (", and data" if data is not None else ""), probe)
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #a01b40d1
+# %% ../nbs/1_plane/15_diagnosis.ipynb #68ac023b
 def open_run(folder) -> Run:
     "The run of a folder: with its last weights if there is a checkpoint, else with the averaged ones only."
     return resume_run(folder) if (Path(folder) / "checkpoint.safetensors").is_file() else load_run(folder)
 def same(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-def toys() -> list: return names("data")
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #b89020e8
 def prepare(model, flow, data, x1, y, count, seed) -> Probe:
@@ -526,16 +524,16 @@ def report_run(folder) -> Diagnosis:   # the folder of a run
     print(diagnosis)
     return diagnosis
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #bfe5fc6e
+# %% ../nbs/1_plane/15_diagnosis.ipynb #0f74f461
 def draw_diagnosis(d: Diagnosis):
-    "Findings beside their limits, error and bend by length, the laws at four times, and in the plane the samples in one step."
+    "Findings over their limits (dashed), error and bend by length, the laws at four times, and in the plane the samples in one step."
     m, plane = d.measures, d.probe.x1.shape[1:] == (2,)
     if "corner" not in m: raise InputError("There is nothing to draw, since the model returns NaN or infinite numbers.")
     figure, axes = canvas(3 + plane, width=3.1, height=3.0)
     shown = [name for name in MEASURES if name in m and MEASURES[name][0] is not None and not name.startswith("law")]
     for i, name in enumerate(reversed(shown)):
         axes[0].plot(max(m[name] / MEASURES[name][0], 1e-2), i, "X" if passed(name, m) else "o", color=COLOURS["red" if passed(name, m) else "blue"])
-    axes[0].axvline(1, color=COLOURS["grey"])
+    axes[0].axvline(1, color=COLOURS["grey"], linestyle="--")
     axes[0].set(xscale="log", yticks=range(len(shown)), yticklabels=reversed(shown), title="measurement over its limit")
     bends = [name for name in LENGTHS if f"bend_{name}" in m]
     axes[1].plot(bends, [m[name] for name in bends], label="error (0: exact, 1: no jump)")
@@ -545,12 +543,14 @@ def draw_diagnosis(d: Diagnosis):
     axes[1].legend(loc="upper left")
     laws = [name for name in m if name.startswith("law_")]
     axes[2].plot([float(name[4:]) for name in laws], [m[name] for name in laws])
-    axes[2].axhline(1, color=COLOURS["grey"])
-    axes[2].set(xlabel="time s", title="W2 of f(x1, 1, s) over its floor", xlim=(1, -0.03), ylim=(0, max([3.0] + [1.1 * m[name] for name in laws])))
+    axes[2].axhline(1, color=COLOURS["grey"], label="floor: two sets of data")
+    axes[2].axhline(MEASURES["law_0"][0], color=COLOURS["grey"], linestyle="--", label="limit")
+    axes[2].legend(loc="upper left")
+    axes[2].set(xlabel="time s", title="W2 of f(x1, 1, s) over its floor", xlim=(1, -0.03), ylim=(0, max([4.0] + [1.4 * m[name] for name in laws])))
     if not laws: axes[2].set_axis_off()
     if plane:
         if d.probe.knows_law: plot_points(axes[3], d.probe.x0, size=3)
         axes[3].scatter(*View(d.probe.model).solution(d.probe.x1, 1.0, 0.0, d.probe.y).cpu().T, s=3, color=COLOURS["red"])
-        axes[3].set(title="one step (red), data")
+        axes[3].set(title="one step (red), data (blue)")
     figure.suptitle(d.pattern.verdict)
     return figure
