@@ -18,7 +18,7 @@ SECONDS = 8     # a cell of a student, on a busy machine
 
 
 def soflow(*words):
-    return subprocess.run([sys.executable, "-m", "soflow_edu", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "soflow_edu", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900)      # a limit that does not fire would hang here
 
 
 def lines(source):
@@ -92,7 +92,7 @@ def test_reference_is_right_for_every_student(path):
 
 
 def forged(assignment):
-    "The student notebook without answers, with tests and given cells rewritten, one test deleted, and all cells tagged so that they are not run."
+    "The student notebook without answers, with tests and given cells rewritten, one test deleted, and all cells tagged so that they are not run; the helper of the tests is replaced in memory."
     cells = []
     for cell in student_cells(assignment):
         cell = dict(cell, metadata=json.loads(json.dumps(cell["metadata"])))
@@ -103,9 +103,23 @@ def forged(assignment):
             cell["source"], tag["points"], tag["locked"] = "pass", 100, False
         elif tag.get("locked"):
             cell["source"] += "\nclose = lambda *args: True"
+        elif tag.get("grade_id") == "question-2":
+            cell["source"] += "\nimport soflow_edu.grading\nsoflow_edu.grading.close = integrate = lambda *args, **options: True"
         cell["metadata"]["tags"] = ["skip-execution"]
         cells.append(cell)
     return cells
+
+
+def test_a_replaced_helper_would_have_earned_points():
+    "Otherwise the forger below would not show that tests get their imports anew."
+    assignment = read_assignment(SOLVED[0])
+    stubs = {q.number: without(q.answer["source"], "SOLUTION", grading.STUB) for q in assignment.questions if not q.written}
+    honest, real = played(assignment, "ada", stubs), grading.close
+    try:
+        cheated = played(assignment, "ada", stubs | {2: stubs[2] + "\nimport soflow_edu.grading\nsoflow_edu.grading.close = lambda *args: True"})
+    finally:
+        grading.close = real
+    assert not any(honest.values()) and sum(cheated.values()) > 10
 
 
 def test_marks(tmp_path):
@@ -140,13 +154,13 @@ def test_marks(tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "marks" / path.stem
-    rows = {row["student"]: row for row in csv.DictReader(open(out / "marks.csv"))}
+    rows = {row["student"]: row for row in csv.DictReader(open(out / "marks.csv", encoding="utf-8-sig"))}
     got = {name: {n: None if row[f"Q{n}"] == "-" else float(row[f"Q{n}"]) for n in full} for name, row in rows.items()}
     assert got == due
     assert float(rows["right"]["total"]) == sum(full[n] for n in code) and all(row["student"] in done.stdout for row in rows.values())
     assert "its identifier is 'somebody', but it was marked as" in rows[mine]["notes"] and "nothing was handed in" in rows["absent"]["notes"] and "no notebook" in rows["torn"]["notes"]
-    assert "missing, and put back: tests of question 1" in rows["forger"]["notes"] and "changed, and restored: " in rows["forger"]["notes"] and "tests of question 12" in rows["forger"]["notes"]
-    assert not rows["right"]["notes"] and not rows["loop and crash"]["notes"]
+    assert "missing, and put back: tests of question 1" in rows["forger"]["notes"] and "changed, and restored: " in rows["forger"]["notes"] and "tests of questions 2, 3, 4," in rows["forger"]["notes"] and "look at: soflow_edu.grading.close =" in rows["forger"]["notes"]
+    assert not rows["right"]["notes"] and rows["loop and crash"]["notes"] == "look at: import os" and not any(rows[f"wrong {k}"]["notes"] for k in range(1, 7))
 
     for name in due:
         text = (out / f"feedback/{name}.md").read_text()
@@ -170,20 +184,86 @@ def steps_of(name):
     return next(n for n in range(1, 100) if (integrate(flow, noise, 1.0, 0.0, method="euler", steps=n).x - ends).norm(dim=1).median() < 0.1)
 
 
-def test_marks_of_written_answers_are_read_and_checked(tmp_path):
-    assignment = read_assignment(SOLVED[0])
-    number = next(q.number for q in assignment.questions if q.written)
-    rows = [{"student": name, "question": number, "points": 2, "mark": "1,5", "comment": "good", "answer": "Because."} for name in ("ada", "bob")]
-    entered_file = tmp_path / "written.csv"
-    with open(entered_file, "w", newline="") as file:
-        writer = csv.DictWriter(file, grading.WRITTEN)
+TINY = {
+    "title": "# Tiny", "identifier": "#| identifier\nidentifier = 'your-name'", "heading-1": "### Question 1. Twice",
+    **{f"wrong-{k}": f"#| wrong {k}\ndef twice(x): return x + {k}" for k in range(3)},
+    "answer": "def twice(x):\n    ### BEGIN SOLUTION\n    return 2 * x   # the solution\n    ### END SOLUTION",
+    "tests": "#| points: 1.5\n#| tests: one number\n### BEGIN HIDDEN TESTS\nassert twice(3.5) == 7.0, 'that is not twice'\n### END HIDDEN TESTS",
+    "heading-2": "### Question 2. Why", "written": "<!-- #| points: 2 -->\n<!-- ### BEGIN SOLUTION -->\nA model answer.\n<!-- ### END SOLUTION -->"}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "An assignment of two questions that imports nothing: its folder, and itself."
+    markdown = ("title", "heading-1", "heading-2", "written")
+    cells = [{"cell_type": "markdown" if name in markdown else "code", "id": name, "metadata": {}, "source": source} for name, source in TINY.items()]
+    write_notebook(tmp_path / "solved/tiny.ipynb", cells, "tiny")
+    return tmp_path / "solved", read_assignment(tmp_path / "solved/tiny.ipynb")
+
+
+def enter(path, delimiter, **marks):
+    "Enters marks (student -> mark, comment) as a spreadsheet might save them."
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["mark"], row["comment"] = marks.get(row["student"], (row["mark"], row["comment"]))
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, grading.WRITTEN, delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
-    entered = grading.read_written(entered_file, assignment)
-    assert entered["ada", number, "Because."] == (1.5, "good") and ("ada", number, "Changed.") not in entered
-    entered_file.write_text(entered_file.read_text().replace('"1,5"', "7"))
+
+
+def test_marks_of_written_answers_last(tiny, tmp_path, monkeypatch):
+    "Entered once, they survive marking again, an interruption and a failure; not a changed answer, which is noted. A broken answer is called broken."
+    (source, assignment), home, out = tiny, tmp_path / "submissions", tmp_path / "marks"
+    text = "=1+1; a \"quoted\" Zoë,\n\nand a second line"
+    hand_in(home / "ada", assignment, {1: "def twice(x): return x + x", 2: text})
+    hand_in(home / "bob", assignment, {1: "def twice(x) return 2 * x", 2: "Because."})
+    again = lambda: {r.student: r for r in grade_course(home, out, str(source), 20)["tiny"]}
+    first = again()
+    assert first["ada"].marks == {1: 1.5, 2: None} and first["ada"].total == 1.5 and first["bob"].marks == {1: 0, 2: None}
+    assert "| 1. Twice | 0 | 1.5 | your answer stopped with SyntaxError |" in (out / "tiny/feedback/bob.md").read_text() and "| **all** | **1.5** | **3.5** |" in (out / "tiny/feedback/ada.md").read_text()
+
+    enter(out / "tiny/written.csv", ";", ada=("1,5", "good"), bob=("0", "why?"))
+    real, due = grading.mark, (1.5, "good")
+    for trouble in (KeyboardInterrupt, GradingError, None):
+        def mark(api, a, path, student, name):
+            if trouble is KeyboardInterrupt:
+                raise trouble
+            return grading.Result(student, {1: None, 2: None}, failure="no kernel") if trouble else real(api, a, path, student, name)
+
+        monkeypatch.setattr(grading, "mark", mark)
+        if trouble:
+            with pytest.raises(trouble):
+                again()
+    hand_in(home / "bob", assignment, {1: "def twice(x): return 2 * x", 2: "Another answer."})
+    last = again()
+    assert (last["ada"].marks[2], last["ada"].comments[2]) == due and last["ada"].total == 3 and last["ada"].answers[2] == text
+    assert last["bob"].marks == {1: 1.5, 2: None} and last["bob"].notes == ["the answer to question 2 has changed since a person marked it"] and not last["ada"].notes
+    assert "| 2. Why | 1.5 | 2 | good |" in (out / "tiny/feedback/ada.md").read_text()
+    enter(out / "tiny/written.csv", ",", ada=("7", ""))
     with pytest.raises(grading.InputError, match="from 0 to 2"):
-        grading.read_written(entered_file, assignment)
+        again()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "names", "names and metadata", "everything but the text"])
+def test_cells_are_known_again(lost):
+    "Whatever an editor does to names, ids and metadata, no answer is lost and no cell is doubled."
+    assignment = read_assignment(SOLVED[0])
+    release, right = student_cells(assignment), right_answers(assignment)
+    cells = json.loads(json.dumps(release))
+    for k, cell in enumerate(cells):
+        tag = cell["metadata"].get("nbgrader", {})
+        number = tag.get("grade_id", "").removeprefix("question-")
+        cell["source"] = right[int(number)] if number.isdigit() and cell["cell_type"] == "code" else cell["source"]
+        if lost != "nothing" and tag:
+            tag["grade_id"] = f"mine-{k}"
+        cell["metadata"] = cell["metadata"] if lost in ("nothing", "names") else None
+        cell["id"] = f"other-{k}" if lost == "everything but the text" else cell["id"]
+    staged, notes = grading.stage({"cells": [dict(cells[0], cell_type="code"), *cells]}, release, "your-name")
+    assert not notes and [cell["metadata"] for cell in staged[1:]] == [cell["metadata"] for cell in release]
+    assert [cell["source"] for cell in staged[1:]] == [cell["source"].replace('"your-name"', "'your-name'").replace("#| identifier\n", "") for cell in cells]
+    assert len({cell["id"] for cell in staged}) == len(staged)
 
 
 def unmoved(seconds, names):
@@ -220,7 +300,7 @@ def test_silent_failures_of_nbgrader_are_loud(fault, words, tmp_path, monkeypatc
         monkeypatch.setattr(NbGraderAPI, "autograde", lambda self, *args, **options: {"success": True})
     with pytest.raises(GradingError, match=words):
         grade_course(tmp_path / "submissions", tmp_path / "marks", str(SOLVED[0].parent))
-    row, = csv.DictReader(open(tmp_path / f"marks/{assignment.name}/marks.csv"))
+    row, = csv.DictReader(open(tmp_path / f"marks/{assignment.name}/marks.csv", encoding="utf-8-sig"))
     assert row["Q1"] == row["total"] == "?" and not list(tmp_path.glob("marks/*/feedback/*"))
 
 
