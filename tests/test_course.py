@@ -304,6 +304,15 @@ def test_silent_failures_of_nbgrader_are_loud(fault, words, tmp_path, monkeypatc
     assert row["Q1"] == row["total"] == "?" and not list(tmp_path.glob("marks/*/feedback/*"))
 
 
+@pytest.mark.parametrize("name, old, new, words", [("tests", "1.5", "two", "'two', which is no number"), ("wrong-1", "wrong 1", "wrong 0", "two wrong answers named '0'"), ("wrong-1", "#| wrong 1\n", "", "has 2 wrong answers"),
+                                                   ("answer", "### END SOLUTION", "", "do not match"), ("heading-2", "2.", "3.", "not numbered"), ("tests", "points: 1.5", "points: 0", "has no points")])
+def test_slips_of_the_author_are_named(name, old, new, words, tiny):
+    folder, _ = tiny
+    (folder / "tiny.ipynb").write_text((folder / "tiny.ipynb").read_text().replace(*(json.dumps(text)[1:-1] for text in (TINY[name], TINY[name].replace(old, new)))))
+    with pytest.raises(grading.InputError, match=words):
+        read_assignment(folder / "tiny.ipynb")
+
+
 def test_refusals(tmp_path):
     "Bad input ends in words."
     (tmp_path / "none").mkdir()
