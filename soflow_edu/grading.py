@@ -551,7 +551,7 @@ def mark(api, assignment: Assignment, path: Path, student: str, name: str) -> Re
         return result
     except Exception as error: return Result(student, {q.number: None for q in assignment.questions}, notes=notes, failure=str(error) if isinstance(error, GradingError) else f"{type(error).__name__}: {error}")
 
-# %% ../nbs/4_practice/01_grading.ipynb #b46d2c57
+# %% ../nbs/4_practice/01_grading.ipynb #ab627d30
 def read_marks(api, assignment: Assignment, notebook: dict, student: str, name: str, notes: list) -> Result:
     "The marks in nbgrader's database, after checking that they were earned. Raises GradingError."
     cells = {cell["metadata"]["nbgrader"]["grade_id"]: cell for cell in notebook["cells"] if cell["metadata"].get("nbgrader", {}).get("grade_id")}
@@ -569,8 +569,9 @@ def read_marks(api, assignment: Assignment, notebook: dict, student: str, name: 
             if cell["source"] != q.tests["source"] or not (errors or cell["execution_count"]): raise GradingError(f"the tests of question {q.number} were altered or never run")
             if grade.auto_score is None or grade.auto_score != q.points * (not errors): raise GradingError(f"question {q.number} has the mark {grade.auto_score}, which is not what its tests gave")
             result.marks[q.number] = grade.auto_score
-            own = [output for output in cells[f"question-{q.number}"]["outputs"] if output["output_type"] == "error"]
-            result.reasons[q.number] = "all tests passed" if not errors else reason(own[0], q, "your answer") if own else reason(errors[0], q)
+            answer = cells[f"question-{q.number}"]
+            own = [output for output in answer["outputs"] if output["output_type"] == "error"]
+            result.reasons[q.number] = "all tests passed" if not errors else "no answer" if answer["source"].strip() == without(q.answer["source"], "SOLUTION", STUB).strip() else reason(own[0], q, "your answer") if own else reason(errors[0], q)
     return result
 
 # %% ../nbs/4_practice/01_grading.ipynb #ea5653f7

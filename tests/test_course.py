@@ -167,6 +167,7 @@ def test_marks(tmp_path):
         for q in assignment.questions:
             secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else {line for line in lines(region(q.tests["source"], "HIDDEN TESTS"))})
             assert not [line for line in secret if line in text], (name, q.number)
+    assert (out / "feedback/empty.md").read_text().count("| no answer |") == len(full)
     assert "did not end in time" in (out / "feedback/loop and crash.md").read_text() and "ended or blocked the process" in (out / "feedback/loop and crash.md").read_text()
     assert "these are not the points of Heun's method" in "".join((out / f"feedback/wrong {k}.md").read_text() for k in range(1, 7))
 
