@@ -425,10 +425,10 @@ def in_words(names: list) -> str:   # nbgrader's names of cells
     if given := sum(name.startswith("given-") for name in names): said.append(f"{given} given cell{'s' * (given > 1)}")
     return "; ".join(said)
 
-# %% ../nbs/4_practice/01_grading.ipynb #57898798
+# %% ../nbs/4_practice/01_grading.ipynb #a2d1af19
 def prelude(cells: list, student: str) -> str:
     "Code that runs before each test: the identifier, and the imports of locked cells, anew."
-    given = [cell["source"] for cell in cells if cell["cell_type"] == "code" and cell["metadata"].get("nbgrader", {}).get("grade_id", "").startswith("given-") and cell["metadata"]["nbgrader"]["locked"]]
+    given = [cell["source"] for cell in cells if cell["cell_type"] == "code" and (tag := cell["metadata"].get("nbgrader", {})).get("locked") and not tag["grade"]]
     imports = [ast.unparse(node) for source in given for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     forget = "import sys\nfor name in [name for name in sys.modules if name.split('.')[0] == 'soflow_edu']: del sys.modules[name]"
     return "\n".join([f"identifier = {student!r}", forget, *imports]) + "\n"
@@ -507,8 +507,11 @@ def last_line(result: dict) -> str:
     telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Missing\w+)\b: ", line) and "NbGraderException" not in line]
     return (telling or lines or ["it gave no reason"])[-1]
 
-# %% ../nbs/4_practice/01_grading.ipynb #ba27395e
-UNUSUAL = re.compile(r"(?<![.\w])(?:open|exec|eval|setattr|globals|__import__)\(|^\s*(?:import|from)\s+(?!(?:math|numpy|torch|scipy|matplotlib|soflow_edu)\b)\w+|^\s*(?:torch|math|soflow_edu)[\w.]*\.\w+\s*=(?!=)", flags=re.M)
+# %% ../nbs/4_practice/01_grading.ipynb #e5b98be9
+UNUSUAL = re.compile("|".join((
+    r"(?<![.\w])(?:open|exec|eval|setattr|globals|__import__)\(",                                                # files, and code made from text
+    r"^\s*(?:import|from)\s+(?!(?:math|numpy|torch|scipy|matplotlib|soflow_edu)\b)\w+",                          # other modules
+    r"^\s*(?:torch|math|soflow_edu)[\w.]*\.\w+\s*=(?!=)")), flags=re.M)                                          # parts of a library replaced
 
 # %% ../nbs/4_practice/01_grading.ipynb #f6a69f1d
 def unusual(cells: list) -> list:   # as staged
