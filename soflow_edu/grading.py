@@ -10,7 +10,7 @@ __all__ = ['QUESTION', 'STUB', 'WRITTEN_STUB', 'UNUSUAL', 'WRITTEN', 'GradingErr
            'read_marks', 'reason', 'feedback', 'read_written', 'enter_written', 'submissions_of', 'assignment_of',
            'grade_course', 'write_csv', 'write_written', 'write_results', 'marks_table']
 
-# %% ../nbs/4_practice/01_grading.ipynb #63902908
+# %% ../nbs/4_practice/01_grading.ipynb #d196af22
 import ast
 import builtins
 import contextlib
@@ -20,6 +20,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -473,7 +474,7 @@ def patient(seconds: float,    # limit for a cell; cells before the first answer
 
     return Patient
 
-# %% ../nbs/4_practice/01_grading.ipynb #306b9b23
+# %% ../nbs/4_practice/01_grading.ipynb #9722cddd
 def open_nbgrader(folder: Path, assignments: list, names: dict, seconds: float):   # folder of the course; nbgrader's name of a student -> identifier
     "nbgrader on a new course folder to which the assignments have been released. Raises InputError if it is not installed, GradingError if a release fails."
     try:
@@ -493,6 +494,7 @@ def open_nbgrader(folder: Path, assignments: list, names: dict, seconds: float):
         if not result["success"] or not released.is_file(): raise GradingError(f"nbgrader could not release {a.name}: {last_line(result)}")
         if [spaceless(cell["source"]) for cell in read_notebook(released)["cells"] if cell["cell_type"] == "code"] != [spaceless(cell["source"]) for cell in student_cells(a) if cell["cell_type"] == "code"]:
             raise GradingError(f"What nbgrader released for {a.name} is not the student notebook. Its version may have changed: this course was tested with 0.9.6.")
+    shutil.rmtree(folder / "source")             # or student code would find the solutions two folders up
     return api
 
 # %% ../nbs/4_practice/01_grading.ipynb #e221adeb

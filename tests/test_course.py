@@ -240,6 +240,7 @@ def test_marks_of_written_answers_last(tiny, tmp_path, monkeypatch):
                 again()
     hand_in(home / "bob", assignment, {1: "def twice(x): return 2 * x", 2: "Another answer."})
     last = again()
+    assert not [path for path in out.rglob("*.ipynb") if "the solution" in path.read_text()], "student code runs beside a solution"
     assert (last["ada"].marks[2], last["ada"].comments[2]) == due and last["ada"].total == 3 and last["ada"].answers[2] == text
     assert last["bob"].marks == {1: 1.5, 2: None} and last["bob"].notes == ["the answer to question 2 has changed since a person marked it"] and not last["ada"].notes
     assert "| 2. Why | 1.5 | 2 | good |" in (out / "tiny/feedback/ada.md").read_text()
