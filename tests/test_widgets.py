@@ -10,6 +10,7 @@ import torch
 from soflow_edu import widgets
 from soflow_edu.config import COLOURS, MARKERS, InputError, load_config, make_config, read_yaml
 from soflow_edu.distributions import law_of
+from soflow_edu.guidance import GuidanceScale
 from soflow_edu.odes import ExactFlow
 from soflow_edu.solution import rms
 
@@ -88,6 +89,19 @@ def test_triangle_closes_for_the_exact_map():
         assert (ways["jumps"][-1] - ways["direct"][-1]).norm() < 1e-5
         assert torch.equal(ways["direct"][0], a[0]) and torch.allclose(ways["jumps"][1], flow.solution(a, 1.0, l)[0])
         assert torch.allclose(ways["euler"][1], (a + (l - 1) * flow.velocity(a, torch.ones(1)))[0].double())
+
+
+def test_the_guided_cloud_is_that_of_the_exact_map():
+    x1, y = torch.randn(120, 2, generator=torch.Generator().manual_seed(0)), torch.ones(120).long()
+    for w, decay in ((3.0, 0.4), (5.0, 1.0)):
+        end = ExactFlow(widgets.three_classes(), widgets.LinearPath(), GuidanceScale(w, decay)).solution(x1, 1.0, 0.0, y)
+        cloud = {mark.label: mark.xy for mark in widgets.guidance_sliders().scene(w=w, decay=decay, label=1).panels[0].marks}["guided"]
+        assert rms(cloud - end) < 0.01 and (cloud - end).norm(dim=1).max() < 0.05
+
+
+def test_an_animation_moves_and_needs_no_net():
+    html = widgets.training_film().animation("frame", frames=3)
+    assert len(set(re.findall(r'frames\[\d\] = "([^"]+)"', html))) == 3 and "http" not in html and html.count("<img alt=") == 1
 
 
 def test_an_error_for_people_becomes_the_text():
