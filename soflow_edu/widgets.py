@@ -418,7 +418,7 @@ def bundle(interactive: Interactive) -> tuple:   # data and metadata by MIME typ
     live = interactive.widget._repr_mimebundle_()[0] if find_spec("anywidget") else {}
     return live | {"image/png": png(interactive.figure()), "text/plain": alt}, {"image/png": {"alt": alt}}
 
-# %% ../nbs/1_plane/16_widgets.ipynb #7891f55d
+# %% ../nbs/1_plane/16_widgets.ipynb #b0287adf
 def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # HTML
     "An animation in which one control runs through its range. Raises InputError for an unknown control."
     import matplotlib.pyplot as plt
@@ -427,6 +427,8 @@ def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # 
     control = interactive.controls[name]
     values = torch.linspace(control.low, control.high, frames).tolist()
     figure = interactive.figure(**{name: values[0]})
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")     # or panels would move by a pixel from frame to frame
     def turn(value):
         for ax, panel in zip(figure.axes, interactive.scene(**{name: value}).panels): ax.clear(); paint(ax, panel)
     with plt.rc_context({"savefig.dpi": 64, "animation.frame_format": "jpeg"}): html = FuncAnimation(figure, turn, values, init_func=lambda: None).to_jshtml(fps=5, default_mode="once")

@@ -44,6 +44,12 @@ def test_page_and_python_reach_the_same(interactive):
     interactive.set(**start)
 
 
+def test_a_value_between_two_steps_moves_to_the_nearer(interactive):
+    for control in interactive.controls.values():
+        for share, there in ((0.4, 0), (0.6, 1)):
+            assert interactive.checked({control.name: control.low + share * control.step})[control.name] == pytest.approx(control.low + there * control.step)
+
+
 def test_what_is_sent_is_known_to_the_page(interactive):
     shapes = set(re.findall(r"\"?([osD^v<>h])\"?: \[", widgets.MARKS_JS))
     assert shapes == set(MARKERS)
@@ -64,6 +70,8 @@ def test_answers_within_a_tenth_of_a_second(interactive):
 def test_picture_without_a_kernel(interactive, monkeypatch):
     data, metadata = interactive._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and metadata["image/png"]["alt"] == data["text/plain"]
+    for ax, panel in zip(interactive.figure().axes, interactive.scene().panels):
+        assert (ax.get_xlim(), ax.get_ylim(), ax.get_title()) == (pytest.approx(panel.xlim), pytest.approx(panel.ylim), panel.title) and len(ax.lines) == len(panel.marks)
     widgets.page_class.cache_clear()
     monkeypatch.setattr(widgets, "find_spec", lambda name: None)
     data, _ = interactive._repr_mimebundle_()
@@ -80,6 +88,14 @@ def test_numbers_in_words_are_those_of_the_exact_map():
     said = [float(number) for number in re.findall(r"-?\d+\.\d\d", text)]
     truth = [0.8, -1.1, *end[0].tolist(), (model(start, 1.0, 0.0) - end).norm().item(), end.norm().item()]     # one Euler step ends at the mean, the origin
     assert said == pytest.approx(truth, abs=0.011)
+
+
+def test_the_film_shows_the_frame_of_its_slider():
+    film, shown = widgets.load_film(), widgets.training_film()
+    for k in (0, 20, 39):
+        scene = shown.scene(frame=k)
+        assert torch.equal(torch.cat([mark.xy for mark in scene.panels[0].marks[1:]]), torch.cat([film.frames[k][film.y == c] for c in film.y.unique()]).float())
+        assert scene.text.endswith(f"{film.error[k]:.3f}.") and torch.allclose(10 ** scene.panels[1].marks[1].xy[0, 1], film.error[k].double())
 
 
 def test_triangle_closes_for_the_exact_map():
