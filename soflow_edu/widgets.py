@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['MARKS_JS', 'PANELS_JS', 'CONTROLS_JS', 'KEY_JS', 'RENDER_JS', 'DRAW_JS', 'DRAG_JS', 'STYLE', 'SIGNS', 'MOST_BYTES',
            'Mark', 'Panel', 'Scene', 'ticks', 'paint', 'drawn', 'message', 'Control', 'page_class', 'Interactive',
-           'png', 'bundle', 'animated', 'alone', 'latency', 'walk', 'Film', 'film_steps', 'class_of', 'make_film',
-           'film_folder', 'checksums', 'record_film', 'load_film', 'film_model', 'training_film', 'trained_pair',
-           'place', 'drag_noise', 'corners', 'triangle_panel', 'consistency_triangle', 'three_classes', 'summary',
-           'guidance_sliders']
+           'png', 'bundle', 'animated', 'offline', 'latency', 'exact_paths', 'Film', 'film_steps', 'class_of',
+           'make_film', 'film_folder', 'checksums', 'record_film', 'load_film', 'film_model', 'training_film',
+           'trained_pair', 'noise_sliders', 'drag_noise', 'corners', 'triangle_panel', 'consistency_triangle',
+           'three_classes', 'guidance_sliders']
 
 # %% ../nbs/1_plane/16_widgets.ipynb #e7d0f8eb
 import hashlib
@@ -418,7 +418,7 @@ def bundle(interactive: Interactive) -> tuple:   # data and metadata by MIME typ
     live = interactive.widget._repr_mimebundle_()[0] if find_spec("anywidget") else {}
     return live | {"image/png": png(interactive.figure()), "text/plain": alt}, {"image/png": {"alt": alt}}
 
-# %% ../nbs/1_plane/16_widgets.ipynb #58551d1e
+# %% ../nbs/1_plane/16_widgets.ipynb #b0287adf
 def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # HTML
     "An animation in which one control runs through its range. Raises InputError for an unknown control."
     import matplotlib.pyplot as plt
@@ -427,16 +427,18 @@ def animated(interactive: Interactive, name: str, frames: int = 21) -> str:   # 
     control = interactive.controls[name]
     values = torch.linspace(control.low, control.high, frames).tolist()
     figure = interactive.figure(**{name: values[0]})
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")     # or panels would move by a pixel from frame to frame
     def turn(value):
         for ax, panel in zip(figure.axes, interactive.scene(**{name: value}).panels): ax.clear(); paint(ax, panel)
     with plt.rc_context({"savefig.dpi": 64, "animation.frame_format": "jpeg"}): html = FuncAnimation(figure, turn, values, init_func=lambda: None).to_jshtml(fps=5, default_mode="once")
     plt.close(figure)
-    return alone(html).replace("<img id=", f'<img alt="{interactive.about}" id=')
+    return offline(html).replace("<img id=", f'<img alt="{interactive.about}" id=')
 
-# %% ../nbs/1_plane/16_widgets.ipynb #72b08c25
+# %% ../nbs/1_plane/16_widgets.ipynb #b4c4cf7e
 SIGNS = {"minus": "−", "fast-backward": "|◀◀", "step-backward": "|◀", "play fa-flip-horizontal": "◀", "pause": "❚❚", "play": "▶", "step-forward": "▶|", "fast-forward": "▶▶|", "plus": "+"}
 
-def alone(html: str) -> str:
+def offline(html: str) -> str:
     "An animation without anything from the net."
     import re
     return re.sub(r'<i class="fa fa-([^"]+)"></i>', lambda found: SIGNS[found[1]], re.sub(r"<link[^>]*>", "", html))
@@ -452,14 +454,13 @@ def latency(interactive: Interactive, repeats: int = 20, seed: int = 0, clock=ti
         times.append(1000 * (clock() - start))
     return sorted(times)[repeats // 2]
 
-# %% ../nbs/1_plane/16_widgets.ipynb #d06277ab
+# %% ../nbs/1_plane/16_widgets.ipynb #11850ac7
 @torch.no_grad()
-def walk(flow, x, t, s, y=None, steps: int = 16) -> torch.Tensor:   # x (B, 2), times (B,) or numbers -> states (T, B, 2)
+def exact_paths(flow, x, t, s, y=None) -> torch.Tensor:   # x (B, 2), times (B,) or numbers -> states (T, B, 2)
     "Exact trajectories from t to s to the precision of a screen."
-    low = 5e-3 if getattr(flow, "s_min", 0.0) else 0.0     # what a finite set still moves after that is less than a pixel
-    t, s = (span_times(time, x).clamp(min=low) for time in (t, s))
-    if low: return integrate(flow, x, t, s, y, rtol=1e-3, record=33).states
-    return integrate(flow, x, t, s, y, method="rk4", steps=steps).states
+    low = 5 * getattr(flow, "s_min", 0.0)     # what a finite set still moves below that is less than a pixel
+    span, solver = (span_times(time, x).clamp(min=low) for time in (t, s)), {"rtol": 1e-3, "record": 33} if low else {"method": "rk4", "steps": 16}
+    return integrate(flow, x, *span, y, **solver).states
 
 # %% ../nbs/1_plane/16_widgets.ipynb #cd9edb49
 @dataclass
@@ -549,7 +550,7 @@ def film_model(film: Film) -> SolutionModel:
     model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in film.weights.items()})
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/1_plane/16_widgets.ipynb #5f91543d
+# %% ../nbs/1_plane/16_widgets.ipynb #7d676655
 def training_film(data: str = "eight_gaussians") -> Interactive:
     "A slider over a training: where one step sends noise, coloured by the exact destination, and the error. Raises InputError if there is no such film."
     film = load_film(data)
@@ -561,14 +562,14 @@ def training_film(data: str = "eight_gaussians") -> Interactive:
     (wide, high), edge = ([max(1.5, 1.2 * z) for z in film.exact.float().abs().amax(0).tolist()]), curve[-1, 0].item() + 0.1
     def scene(frame):
         k = int(frame)
-        points = [Mark(film.frames[k][film.y == c].float(), colours[i % len(colours)], MARKERS[i % len(MARKERS)], size, alpha=0.8) for i, c in enumerate(film.y.unique().tolist())]
+        points = [Mark(film.frames[k][film.y == c].float(), colours[i % len(colours)], MARKERS[3 * i % len(MARKERS)], size, alpha=0.8) for i, c in enumerate(film.y.unique().tolist())]
         left = Panel("one learned step, coloured by the exact end", [Mark(film.exact.float(), "grey", "o", 0.7 * size, alpha=0.4, label="exact ends"), *points],
                      (-wide, wide), (-high, high), xticks=ticks(-wide, wide), yticks=ticks(-high, high))
         right = Panel("error", [Mark(curve, "blue", line=2, label="relative error of one step"), Mark(curve[k:k + 1], "red", "D", 10, label="now")],
                       (0.4, edge), (-2.1, 0.1), "training step", "relative RMS error", numbers, levels)
         return Scene([left, right], f"After {steps[k]:,} of {steps[-1]:,} steps the relative error of one step is {film.error[k]:.3f}.")
     control = Control("frame", "training step", 0, len(steps) - 1, 1, len(steps) // 2, tuple(f"{step:,}" for step in steps))
-    return Interactive("A training as a film: where one learned step sends noise whose colour and shape tell its exact end, beside the error.", [control], scene, play="frame")
+    return Interactive("A training as a film, a slider over its steps: left, where one learned step sends noise whose colour and shape tell its exact end; right, the error.", [control], scene, play="frame")
 
 # %% ../nbs/1_plane/16_widgets.ipynb #e404e165
 def trained_pair(model=None, flow=None) -> tuple:   # a map and its exact flow
@@ -578,12 +579,12 @@ def trained_pair(model=None, flow=None) -> tuple:   # a map and its exact flow
     model = film_model(load_film("eight_gaussians"))
     return model, ExactFlow(law_of("eight_gaussians"), model.path)
 
-# %% ../nbs/1_plane/16_widgets.ipynb #e10d5954
-def place(x: float, y: float) -> tuple:   # two controls
+# %% ../nbs/1_plane/16_widgets.ipynb #f9022f26
+def noise_sliders(x: float, y: float) -> tuple:   # two controls
     "Sliders for the two coordinates of a noise point: the way to drag it by keyboard."
     return Control("x", "noise, first coordinate", -3, 3, 0.05, x), Control("y", "noise, second coordinate", -3, 3, 0.05, y)
 
-# %% ../nbs/1_plane/16_widgets.ipynb #e2744790
+# %% ../nbs/1_plane/16_widgets.ipynb #addfe2dd
 def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a trained map and its exact flow in the plane; those of the film if not given
     "A noise point to drag, with its conditional path, its exact path, Euler's polygon and the learned step."
     model, flow = trained_pair(model, flow)
@@ -592,7 +593,7 @@ def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a train
     def scene(x, y, n, k):
         start, target = torch.tensor([[x, y]], dtype=torch.float32), data[int(k) - 1]
         conditional = flow.path.interpolate(target.expand(33, 2), start.expand(33, 2), times)[0]
-        exact = walk(flow, start, 1.0, 0.0)[:, 0]
+        exact = exact_paths(flow, start, 1.0, 0.0)[:, 0]
         euler = integrate(flow, start, 1.0, getattr(flow, "s_min", 0.0), method="euler", steps=int(n)).states[:, 0]
         learned = torch.cat([start, model(start, 1.0, 0.0)])
         marks = [Mark(data, "grey", "o", 3, alpha=0.6, label="data"),
@@ -602,8 +603,8 @@ def drag_noise(model=None, flow=None, seed: int = 1) -> Interactive:   # a train
         miss = lambda end: (end[-1] - exact[-1]).norm().item()
         text = f"Noise ({x:.2f}, {y:.2f}). Exact end ({exact[-1, 0]:.2f}, {exact[-1, 1]:.2f}). One learned step misses it by {miss(learned):.2f}, {n:.0f} Euler step{'s' if n > 1 else ''} by {miss(euler):.2f}."
         return Scene([Panel("from noise to data", marks, drag=True)], text)
-    controls = [*place(0.25, 0.75), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point to aim at", 1, 20, 1, 1)]
-    return Interactive("Drag the ringed noise point, or move it with the sliders, and compare four ways to the data.", controls, scene, drag=("x", "y"))
+    controls = [*noise_sliders(0.6, -1.2), Control("n", "Euler steps", 1, 16, 1, 3), Control("k", "data point to aim at", 1, 20, 1, 1)]
+    return Interactive("Four ways from a noise point to the data: drag the point, or move it with the sliders.", controls, scene, drag=("x", "y"))
 
 # %% ../nbs/1_plane/16_widgets.ipynb #e8812b5e
 def corners(f, velocity, a, t, l, s) -> dict:   # f(x, t, s); velocity(x, t); a (1, 2); numbers s <= l <= t
@@ -624,23 +625,23 @@ def triangle_panel(title: str, ways: dict, path, box) -> Panel:   # path (n, 2) 
     (x, y), half = ((box.amax(0) + box.amin(0)) / 2).tolist(), max(0.3, 0.65 * (box.amax(0) - box.amin(0)).max().item())
     return Panel(title, marks, (x - half, x + half), (y - half, y + half), xticks=ticks(x - half, x + half), yticks=ticks(y - half, y + half))
 
-# %% ../nbs/1_plane/16_widgets.ipynb #de6ba5ce
+# %% ../nbs/1_plane/16_widgets.ipynb #7cc5032c
 def consistency_triangle(model=None, flow=None) -> Interactive:   # a trained map and its exact flow in the plane; those of the film if not given
     "A slider over the middle time l: one jump against two, and against an Euler step and a jump, for a learned map and for the exact one."
     model, flow = trained_pair(model, flow)
     @torch.no_grad()
     def scene(l, x, y):
-        a, walks = torch.tensor([[x, y]], dtype=torch.float32), []
+        a, paths = torch.tensor([[x, y]], dtype=torch.float32), []
         def exact(x, t, s):
-            walks.append(walk(flow, x, t, s))
-            return walks[-1][-1]
+            paths.append(exact_paths(flow, x, t, s))
+            return paths[-1][-1]
         both = [corners(f, velocity, a, 1.0, l, 0.0) for f, velocity in ((model, model.velocity), (exact, flow.velocity))]
-        path, farthest = walks[0][:, 1], a - flow.velocity(a, torch.ones(1))     # from A to C; E for l = 0
+        path, farthest = paths[0][:, 1], a - flow.velocity(a, torch.ones(1))     # from A to C; E for l = 0
         box = torch.cat([path, farthest])
         gap = lambda ways, name: (ways[name][-1] - ways["direct"][-1]).norm().item()
         panels = [triangle_panel(title, ways, path, box) for title, ways in zip(("learned map", "exact map"), both)]
         return Scene(panels, f"l = {l:.2f}. Two jumps end {gap(both[0], 'jumps'):.2f} from one jump with the learned map and {gap(both[1], 'jumps'):.2f} with the exact one; over an Euler step {gap(both[0], 'euler'):.2f} and {gap(both[1], 'euler'):.2f}.")
-    return Interactive("The consistency triangle of a learned map and of the exact one: move the middle time l, or the noise A.", [Control("l", "middle time l", 0, 1, 0.02, 0.4), *place(0.25, 0.75)], scene, play="l")
+    return Interactive("The consistency triangle of a learned map, left, and of the exact one, right: move the middle time l, or the noise A.", [Control("l", "middle time l", 0, 1, 0.02, 0.4), *noise_sliders(0.25, 0.75)], scene, play="l")
 
 # %% ../nbs/1_plane/16_widgets.ipynb #d9bc68b2
 def three_classes() -> GaussianMixture:
@@ -648,30 +649,26 @@ def three_classes() -> GaussianMixture:
     angle = torch.tensor([90.0, 210.0, 330.0]).deg2rad()
     return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), torch.full((3,), 0.55))
 
-# %% ../nbs/1_plane/16_widgets.ipynb #b71f8b7b
-def summary(x, centre) -> tuple:   # (n, 2), (2,) -> two numbers
-    "How far a cloud lies from the origin along the direction of a centre, and its spread, the root mean square distance from its mean."
-    return (x.mean(0) @ centre / centre.norm()).item(), rms(x - x.mean(0))
-
-# %% ../nbs/1_plane/16_widgets.ipynb #cad9dd3a
+# %% ../nbs/1_plane/16_widgets.ipynb #dc0ef8c2
 def guidance_sliders(law: GaussianMixture | None = None, points: int = 120, seed: int = 0) -> Interactive:   # a mixture with classes in the plane; three if not given
     "Sliders for the guidance scale, for the time at which it fades, and for the class: the exact guided map of a mixture."
     law, path, generator = law or three_classes(), LinearPath(), torch.Generator().manual_seed(seed)
     x1, data = torch.randn(points, 2, generator=generator), law.sample(400, generator)[0]
     times, labels = torch.linspace(0, 1, 201), sorted(set(law.labels.tolist()))
-    ends = lambda w, label: walk(ExactFlow(law, path, w), x1, 1.0, 0.0, torch.full((points,), label), steps=12)
-    plain = cache(lambda label: ends(1.0, label)[-1])
+    guided_paths = lambda w, label: exact_paths(ExactFlow(law, path, w), x1, 1.0, 0.0, torch.full((points,), label))
+    plain = cache(lambda label: guided_paths(1.0, label)[-1])
+    spread = lambda x: rms(x - x.mean(0))
     def scene(w, decay, label):
         label, scale = int(label), GuidanceScale(w, decay)
-        states, centre = ends(scale, label), law.means[law.labels == label].mean(0)
-        trails = [Mark(states[:, i], "red", line=0.8, alpha=0.5) for i in range(10)]
+        states, centre = guided_paths(scale, label), law.means[law.labels == label].mean(0)
+        along = lambda x: (x.mean(0) @ centre / centre.norm()).item()
+        trails = [Mark(states[:, i], "red", line=0.8, alpha=0.5, label="" if i else "ten guided paths") for i in range(10)]
         marks = [Mark(data, "grey", "o", 3, alpha=0.5, label="data of all classes"), *trails,
                  Mark(plain(label), "blue", "o", 5, alpha=0.7, label="the class (w = 1)"), Mark(states[-1], "red", "^", 6, alpha=0.8, label="guided")]
         top = max(3.0, 1.1 * w)
         right = Panel("scale of guidance", [Mark(torch.stack([times, scale(times)], 1), "red", line=2)], (0, 1), (min(0.0, w), top), "t (0 is data, 1 is noise)", "w(t)",
                       ((0, "0"), (0.5, "0.5"), (1, "1")), tuple((z, str(z)) for z in range(0, int(top) + 1)))
-        (far, wide), (far1, wide1) = summary(states[-1], centre), summary(plain(label), centre)
-        text = f"w = {w:.1f}, fading above t = {decay:.2f}. The samples lie {far:.2f} from the origin, those of the class {far1:.2f}; their spread is {wide / wide1:.2f} times that of the class."
+        text = f"w = {w:.1f}, fading above t = {decay:.2f}. Along the ray of the class the samples lie {along(states[-1]):.2f} from the origin, those of the class {along(plain(label)):.2f}; their spread is {spread(states[-1]) / spread(plain(label)):.2f} times that of the class."
         return Scene([Panel("the guided map, exact", marks), right], text)
     controls = [Control("w", "guidance scale w", 0, 6, 0.1, 3), Control("decay", "time of decay", 0, 1, 0.05, 0.8), Control("label", "class", labels[0], labels[-1], 1, labels[0])]
-    return Interactive("The exact guided map of a mixture with classes: set the scale of guidance and the time above which it fades.", controls, scene)
+    return Interactive("Left, the exact guided map of a mixture with classes; right, the scale of guidance over time: set it, and the time above which it fades.", controls, scene)

@@ -1,16 +1,18 @@
 "Each broken model gets its own verdict and each healthy one a clean one, on seeds and data sets that the limits were not chosen on."
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock     # comes with torch
 from test_plane import PictureNetwork
 
 from soflow_edu.config import InputError, build, make_config
-from soflow_edu.diagnosis import (BREAKS, PATTERNS, RECIPES, MirrorView, Pattern, View, diagnose, holds, noise_end, patient, report_run, rewired, suspicions)
+from soflow_edu.diagnosis import BREAKS, PATTERNS, RECIPES, MirrorView, Pattern, Posterior, Probe, View, coverage, diagnose, holds, noise_end, patient, report_run, rewired, suspicions
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.odes import ExactFlow, OdeFlow
-from soflow_edu.paths import LinearPath, TrigPath
+from soflow_edu.paths import LinearPath, TrigPath, expand
 from soflow_edu.solution import SolutionModel, TrigCoefficients
 from soflow_edu.training import assemble, save_run, train, trained
 
@@ -20,17 +22,20 @@ BROKEN = [name for name in RECIPES if name not in HEALTHY] + list(BREAKS)
 
 
 @pytest.fixture(scope="session")
-def run_of():
-    "Runs by name and seed; each is trained once."
-    torch.set_num_threads(1)
-    kept = {}
+def run_of(tmp_path_factory, worker_id):
+    "A fresh copy of the run of a name and seed. Each is trained once, by whichever of pytest's workers needs it first."
+    own = tmp_path_factory.getbasetemp()
+    folder = own if worker_id == "master" else own.parent     # of all workers of this session
 
     def get(name, seed):
         if name in BREAKS:
-            return BREAKS[name](deepcopy(get("healthy", seed)))
-        if (name, seed) not in kept:
-            kept[name, seed] = patient(name, DATA[seed], seed)
-        return kept[name, seed]
+            return BREAKS[name](get("healthy", seed))
+        path = folder / f"{name}-{seed}.pt"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                torch.set_num_threads(1)
+                torch.save(patient(name, DATA[seed], seed), path)
+        return torch.load(path, weights_only=False)
 
     return get
 
@@ -76,7 +81,7 @@ def test_with_neither_truth_nor_data(run_of, name):
 
 @pytest.mark.parametrize("name, wrong", [("t_is_s", lambda t, d: (t - d, d))])
 def test_further_wirings(run_of, name, wrong):
-    assert diagnose(rewired(deepcopy(run_of("healthy", 0)), wrong)).name == name
+    assert diagnose(rewired(run_of("healthy", 0), wrong)).name == name
 
 
 def test_the_sign_of_the_network_and_of_other_coefficients(run_of):
@@ -106,9 +111,29 @@ def test_exact_maps_are_sound():
         found = diagnose(flow, flow, x1=x1, y=labels, count=32)
         assert found.sound and found.measures["velocity"] < 1e-5 and found.measures["corner"] < 1e-4 and found.measures["inverse"] < 1e-3, str(found)
         assert noise_end(View(flow), found.probe) < 1e-4
+        assert all(0.5 < found.measures[f"law_{s}"] < 1.6 for s in ("0.75", "0.5", "0.25", "0")), "W2 over its floor"
     assert diagnose(ExactFlow(law_of("two_moons", 100), LinearPath(), rtol=1e-5), ExactFlow(law_of("two_moons", 100), LinearPath(), rtol=1e-5), count=32).sound
     bare = lambda x, t, s, y=None: flow.solution(x, t, s, y)          # no velocity, no network
     assert diagnose(bare, data=classes, count=32).measures["velocity"] < 0.2
+
+
+@pytest.mark.parametrize("path", [LinearPath(), TrigPath()])
+def test_the_velocity_from_labelled_data(path):
+    "The mean is that of the finite set that the pool is, and the squares are those of the conditional velocities."
+    data = FiniteSet(torch.randn(300, 3, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 4)
+    probe = Probe(SimpleNamespace(path=path), None, data, torch.randn(64, 3, generator=torch.Generator().manual_seed(1)), None, 16, 0, labelled=True)
+    estimate, (pool, kinds) = Posterior(probe), data.sample(2000, probe.generator(7))
+    torch.testing.assert_close(estimate.mean(estimate.logits), FiniteSet(pool, kinds).velocity(probe.xv, probe.tv, path, probe.y), atol=1e-4, rtol=1e-4)
+    t, x, z = probe.tv[:, None, None], probe.xv[:, None], torch.randn(64, 3, generator=torch.Generator().manual_seed(2))
+    each = path.dalpha(t) * pool + path.dbeta(t) * (x - path.alpha(t) * pool) / path.beta(t)
+    torch.testing.assert_close(estimate.squares(z).float(), (each - z[:, None]).pow(2).mean(2), atol=1e-3, rtol=1e-3)
+
+
+def test_two_jumps_where_one_fails():
+    "A map that is exact over at most half the time and stands still beyond: the samples in one step are the noise, those in two are right."
+    flow = ExactFlow(law_of("two_gaussians"), LinearPath(), rtol=1e-6)
+    m = diagnose(lambda x, t, s, y=None: torch.where(expand(torch.as_tensor(t - s), x) > 0.5, x, flow.solution(x, t, s)), flow, count=32).measures
+    assert m["two_jumps"] < 1e-4 and m["way"] == 0 and m["corner"] == pytest.approx(1) and m["short"] < 1e-4
 
 
 def test_guided_truth_is_told_from_an_unguided_map():
@@ -151,7 +176,7 @@ def test_the_folder_of_a_run(tmp_path, capsys, run_of):
 
 
 def test_a_model_that_is_not_finite(run_of):
-    run = deepcopy(run_of("healthy", 0))
+    run = run_of("healthy", 0)
     run.ema["net.outlet.bias"][0] = torch.nan
     found = diagnose(run)
     assert found.name == "not_finite" and "NaN" in found.verdict and str(found)
@@ -162,8 +187,16 @@ def test_a_run_that_was_too_short():
     assert diagnose(run).name in {"still", "wrong_velocity"}
 
 
+def test_coverage_is_the_share_of_training_pairs_near_the_corner(run_of):
+    run = run_of("healthy", 0)
+    share = lambda times: coverage(replace(run, objective=run.objective | {"times": times}))
+    assert share({"name": "uniform"}) == pytest.approx(0.02, abs=0.003)     # 2 x 0.1 x 0.1
+    assert share({"name": "published"}) < 0.005 and coverage(run) > 0.3
+    assert diagnose(run, count=16).measures["coverage"] == coverage(run) and coverage(None) != coverage(None)
+
+
 def test_dropout_rests_and_the_mode_is_restored(run_of):
-    model = deepcopy(run_of("healthy", 0)).model.train()
+    model = run_of("healthy", 0).model.train()
     diagnose(model, count=16)
     assert model.training
 

@@ -10,6 +10,7 @@ import torch
 from soflow_edu import widgets
 from soflow_edu.config import COLOURS, MARKERS, InputError, load_config, make_config, read_yaml
 from soflow_edu.distributions import law_of
+from soflow_edu.guidance import GuidanceScale
 from soflow_edu.odes import ExactFlow
 from soflow_edu.solution import rms
 
@@ -43,6 +44,12 @@ def test_page_and_python_reach_the_same(interactive):
     interactive.set(**start)
 
 
+def test_a_value_between_two_steps_moves_to_the_nearer(interactive):
+    for control in interactive.controls.values():
+        for share, there in ((0.4, 0), (0.6, 1)):
+            assert interactive.checked({control.name: control.low + share * control.step})[control.name] == pytest.approx(control.low + there * control.step)
+
+
 def test_what_is_sent_is_known_to_the_page(interactive):
     shapes = set(re.findall(r"\"?([osD^v<>h])\"?: \[", widgets.MARKS_JS))
     assert shapes == set(MARKERS)
@@ -63,6 +70,8 @@ def test_answers_within_a_tenth_of_a_second(interactive):
 def test_picture_without_a_kernel(interactive, monkeypatch):
     data, metadata = interactive._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and metadata["image/png"]["alt"] == data["text/plain"]
+    for ax, panel in zip(interactive.figure().axes, interactive.scene().panels):
+        assert (ax.get_xlim(), ax.get_ylim(), ax.get_title()) == (pytest.approx(panel.xlim), pytest.approx(panel.ylim), panel.title) and len(ax.lines) == len(panel.marks)
     widgets.page_class.cache_clear()
     monkeypatch.setattr(widgets, "find_spec", lambda name: None)
     data, _ = interactive._repr_mimebundle_()
@@ -81,6 +90,14 @@ def test_numbers_in_words_are_those_of_the_exact_map():
     assert said == pytest.approx(truth, abs=0.011)
 
 
+def test_the_film_shows_the_frame_of_its_slider():
+    film, shown = widgets.load_film(), widgets.training_film()
+    for k in (0, 20, 39):
+        scene = shown.scene(frame=k)
+        assert torch.equal(torch.cat([mark.xy for mark in scene.panels[0].marks[1:]]), torch.cat([film.frames[k][film.y == c] for c in film.y.unique()]).float())
+        assert scene.text.endswith(f"{film.error[k]:.3f}.") and torch.allclose(10 ** scene.panels[1].marks[1].xy[0, 1], film.error[k].double())
+
+
 def test_triangle_closes_for_the_exact_map():
     flow, a = ExactFlow(law_of("eight_gaussians"), widgets.LinearPath()), torch.tensor([[0.7, -0.4]], dtype=torch.float64)
     for l in (0.2, 0.7, 1.0):
@@ -88,6 +105,19 @@ def test_triangle_closes_for_the_exact_map():
         assert (ways["jumps"][-1] - ways["direct"][-1]).norm() < 1e-5
         assert torch.equal(ways["direct"][0], a[0]) and torch.allclose(ways["jumps"][1], flow.solution(a, 1.0, l)[0])
         assert torch.allclose(ways["euler"][1], (a + (l - 1) * flow.velocity(a, torch.ones(1)))[0].double())
+
+
+def test_the_guided_cloud_is_that_of_the_exact_map():
+    x1, y = torch.randn(120, 2, generator=torch.Generator().manual_seed(0)), torch.ones(120).long()
+    for w, decay in ((3.0, 0.4), (5.0, 1.0)):
+        end = ExactFlow(widgets.three_classes(), widgets.LinearPath(), GuidanceScale(w, decay)).solution(x1, 1.0, 0.0, y)
+        cloud = {mark.label: mark.xy for mark in widgets.guidance_sliders().scene(w=w, decay=decay, label=1).panels[0].marks}["guided"]
+        assert rms(cloud - end) < 0.01 and (cloud - end).norm(dim=1).max() < 0.05
+
+
+def test_an_animation_moves_and_needs_no_net():
+    html = widgets.training_film().animation("frame", frames=3)
+    assert len(set(re.findall(r'frames\[\d\] = "([^"]+)"', html))) == 3 and "http" not in html and html.count("<img alt=") == 1
 
 
 def test_an_error_for_people_becomes_the_text():
