@@ -500,7 +500,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'soflow_edu.objectives.prepare': ('1_plane/objectives.html#prepare', 'soflow_edu/objectives.py'),
                                        'soflow_edu.objectives.quiet': ('1_plane/objectives.html#quiet', 'soflow_edu/objectives.py'),
                                        'soflow_edu.objectives.read_rows': ('1_plane/objectives.html#read_rows', 'soflow_edu/objectives.py'),
-                                       'soflow_edu.objectives.recipe': ('1_plane/objectives.html#recipe', 'soflow_edu/objectives.py'),
                                        'soflow_edu.objectives.run_setting': ( '1_plane/objectives.html#run_setting',
                                                                               'soflow_edu/objectives.py'),
                                        'soflow_edu.objectives.table_line': ( '1_plane/objectives.html#table_line',
