@@ -7,10 +7,11 @@ __all__ = ['START', 'QUESTIONS', 'times', 'changed', 'constant']
 from .config import register
 from .objectives import Setting
 
-# %% ../nbs/1_plane/14_questions.ipynb #843d8253
+# %% ../nbs/1_plane/14_questions.ipynb #f32ccbcf
 def times(corner: float, t1: float, s0: float): return {"name": "corner", "corner": corner, "t1": t1, "s0": s0}
 START = {"name": "soflow", "lam": 0.5, "p": 0.5, "eps": 0.1, "schedule": {"name": "exponential", "r_init": 0.3, "r_end": 0.015}, "times": times(0.3, 0.1, 0.1)}
 
+# %% ../nbs/1_plane/14_questions.ipynb #126f5c31
 def changed(label: str, learning_rate: float = 4e-3, **options) -> Setting:
     "The starting point with some options of the objective changed."
     return Setting(label, {"objective": START | options, "learning_rate": learning_rate, "batch": 512, "network": {"name": "mlp", "width": 64, "depth": 4, "x_waves": 4, "t_waves": 4}})
