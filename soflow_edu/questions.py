@@ -3,18 +3,18 @@
 # %% auto #0
 __all__ = ['START', 'QUESTIONS', 'times', 'changed', 'constant']
 
-# %% ../nbs/1_plane/14_questions.ipynb #065fe046
+# %% ../nbs/1_plane/14_questions.ipynb #5a4390c7
 from .config import register
-from .objectives import Setting
+from .objectives import SMALL, Setting
 
 # %% ../nbs/1_plane/14_questions.ipynb #f32ccbcf
 def times(corner: float, t1: float, s0: float): return {"name": "corner", "corner": corner, "t1": t1, "s0": s0}
 START = {"name": "soflow", "lam": 0.5, "p": 0.5, "eps": 0.1, "schedule": {"name": "exponential", "r_init": 0.3, "r_end": 0.015}, "times": times(0.3, 0.1, 0.1)}
 
-# %% ../nbs/1_plane/14_questions.ipynb #126f5c31
+# %% ../nbs/1_plane/14_questions.ipynb #31172689
 def changed(label: str, learning_rate: float = 4e-3, **options) -> Setting:
     "The starting point with some options of the objective changed."
-    return Setting(label, {"objective": START | options, "learning_rate": learning_rate, "batch": 512, "network": {"name": "mlp", "width": 64, "depth": 4, "x_waves": 4, "t_waves": 4}})
+    return Setting(label, {"objective": START | options, "learning_rate": learning_rate, "batch": 512, "network": SMALL})
 
 # %% ../nbs/1_plane/14_questions.ipynb #4f3dc89f
 def constant(r): return {"name": "constant", "r_end": r}
