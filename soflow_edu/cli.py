@@ -81,14 +81,14 @@ def version():
     from importlib.metadata import version as installed
     print(installed("soflow_edu"))
 
-# %% ../nbs/4_practice/02_command_line.ipynb #e9e23b7c
+# %% ../nbs/4_practice/02_command_line.ipynb #72c098aa
 def bench(study: str, /, datasets: tuple[str, ...] = ("eight_gaussians",), settings: tuple[str, ...] = (), seconds: float = 60.0, steps: int | None = None, seeds: int = 3, json: str = "bench.json"):
     """Train all settings of a study for the same CPU seconds or steps, one row for each data set, setting and seed, and print a table.
 
     A file that holds some of the rows is gone on with; a row of other settings stays in it and is not used.
 
     Args:
-        study: objectives (the methods) or questions (the choices that the paper leaves open).
+        study: objectives (the methods), recipe (the parts of the configuration plane) or questions (the choices that the paper leaves open).
         datasets: What to learn.
         settings: Settings of the study, if not all.
         seconds: CPU seconds of each training, on one thread.

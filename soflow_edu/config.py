@@ -31,7 +31,7 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #786ff96a
+# %% ../nbs/0_start/01_config.ipynb #03bf94bd
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
@@ -46,7 +46,7 @@ CATALOGUE = {
     "schedule": {"constant": "consistency", "linear": "consistency", "cosine": "consistency", "exponential": "consistency"},
     "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
     "sampler": {"renoise": "sampling", "jump": "sampling"},
-    "study": {"objectives": "objectives", "questions": "questions"},
+    "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
 }
 _registered = {}
 

@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'assemble', 'number_of', 'generator_of', 'rate_at', 'average', 'clock', 'Run', 'Step', 'begin', 'advance',
-           'steps_within', 'train', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack', 'Described', 'about',
-           'save_run', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit', 'resume_run']
+           'steps_within', 'first_pace', 'train', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack',
+           'Described', 'about', 'save_run', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit',
+           'resume_run']
 
 # %% ../nbs/1_plane/10_training.ipynb #d8ef9a67
 import json
@@ -115,20 +116,21 @@ def advance(run: Run, objective, data) -> dict:   # numbers by name, the loss am
     run.step += 1
     return numbers
 
-# %% ../nbs/1_plane/10_training.ipynb #5be379c1
-def steps_within(run: Run, objective, data, seconds: float, trial: int = 50) -> int:
-    "How many steps fit into a budget, from timing some steps on a copy of the run; the time of the trial is part of the budget."
-    device = next(run.model.parameters()).device
-    copy, start, times = begin(deepcopy(run.model), objective, run.config), clock(device), []
-    copy.steps = 10**6
-    while len(times) < 3 or len(times) < trial and clock(device) - start < 0.2 * seconds or clock(device) - start < 0.04 * seconds:
-        before = clock(device)
-        advance(copy, objective, data)
-        times.append(clock(device) - before)
-    left = seconds - (clock(device) - start)
-    return max(1, int(left / (sorted(times)[len(times) * 3 // 4] * 1.2)))     # the slower steps decide, with a sixth in reserve: machines are not steady
+# %% ../nbs/1_plane/10_training.ipynb #a7c62bde
+def steps_within(run: Run, pace: float) -> int:   # seconds a step
+    "Steps in all, such that those left use up the seconds left but for a hundredth of the budget. At least one."
+    return max(1, run.step, run.step + int((0.99 * run.config.seconds - run.seconds) / pace))
 
-# %% ../nbs/1_plane/10_training.ipynb #9b1bb166
+# %% ../nbs/1_plane/10_training.ipynb #1f33605e
+def first_pace(run: Run, objective, data, trial: int = 50) -> float:   # seconds a step
+    "The pace of some steps on a copy of the run, which take no more than a twentieth of the budget if three of them do not."
+    device = next(run.model.parameters()).device
+    copy, start = begin(deepcopy(run.model), objective, run.config), clock(device)
+    copy.steps = 10**6
+    while copy.step < 3 or copy.step < trial and clock(device) - start < 0.05 * run.config.seconds: advance(copy, objective, data)
+    return (clock(device) - start) / copy.step
+
+# %% ../nbs/1_plane/10_training.ipynb #00801806
 def train(model, objective, data,      # a SolutionModel; an objective; anything with sample(n, generator)
           config: Config,              # how long, how fast, from which seed
           resume: Run | None = None,   # a run from resume_run, to go on with; model and config are then its own
@@ -140,16 +142,18 @@ def train(model, objective, data,      # a SolutionModel; an objective; anything
     start = clock(device) - (resume.seconds if resume else 0.0)
     if resume: check_resume(resume, model, objective)
     run = resume or begin(model, objective, config)
-    if not run.steps: run.steps = steps_within(run, objective, data, config.seconds - (clock(device) - start))
+    if not run.steps: run.steps = steps_within(run, first_pace(run, objective, data))
+    first, begun = run.step, clock(device)
     for _ in progress_bar(run, bar):
         numbers = advance(run, objective, data)
         run.seconds = clock(device) - start
+        if run.config.steps is None and run.step % LOG_EVERY == 0: run.steps = steps_within(run, (clock(device) - begun) / (run.step - first))
         if run.step % LOG_EVERY == 0 or run.step == run.steps: run.log.append({"step": run.step, "seconds": round(run.seconds, 3)} | numbers)
         if out and (run.step == run.steps or config.checkpoint_every and run.step % config.checkpoint_every == 0): save_run(out, run)
         yield Step(run.step, run.steps, numbers.pop("loss"), numbers, run.ema, run.seconds, run)
 
-# %% ../nbs/1_plane/10_training.ipynb #1ef6fd03
-LOG_EVERY = 20   # steps between two rows of the log
+# %% ../nbs/1_plane/10_training.ipynb #484f690c
+LOG_EVERY = 20   # steps between two rows of the log, and between two plans of a run with a budget
 
 # %% ../nbs/1_plane/10_training.ipynb #507ce67f
 def check_resume(run: Run, model, objective):
@@ -158,13 +162,15 @@ def check_resume(run: Run, model, objective):
     if model is not run.model: raise InputError("A resumed run trains its own model: call train(run.model, objective, data, run.config, resume=run).")
     if describe(objective) != run.objective: raise InputError(f"The run was trained for {run.objective}, but the objective given is {describe(objective)}. Go on with the same one.")
 
-# %% ../nbs/1_plane/10_training.ipynb #e92bba86
+# %% ../nbs/1_plane/10_training.ipynb #edc6c00b
 def progress_bar(run: Run, shown: bool):
     "The steps that are left, with a bar if it is wanted."
-    left = range(run.step, run.steps)
-    if not shown: return left
     from tqdm.auto import tqdm
-    return tqdm(left, initial=run.step, total=run.steps, unit="step", mininterval=0.5)
+    with tqdm(initial=run.step, total=run.steps, unit="step", mininterval=0.5, disable=not shown) as bar:
+        while run.step < run.steps:
+            yield run.step
+            bar.total = run.steps
+            bar.update()
 
 # %% ../nbs/1_plane/10_training.ipynb #aa31226c
 def trained(run: Run) -> SolutionModel:

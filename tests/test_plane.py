@@ -1,6 +1,7 @@
 "What crosses chapters: the map reaches the truth from samples alone, and the same verbs carry pictures."
 import json
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -178,12 +179,29 @@ def test_a_run_is_resumed_only_as_itself(tmp_path):
         resume_run(tmp_path / "run")
 
 
-def test_a_budget_becomes_a_number_of_steps_that_repeats(tmp_path):
-    law = law_of("two_gaussians")
-    config = make_config({"seconds": 1.5, "batch": 64, "network": "dropout", "objective": "flow_matching", "device": "cpu"})
-    budget = run_to_end(config, law)
-    again = run_to_end(replace(config, seconds=None, steps=budget.steps), law)
-    assert all(torch.equal(budget.ema[name], again.ema[name]) for name in again.ema)
+@dataclass
+class Slowing:
+    "Data that take CPU seconds to draw, after the first calls, as on a machine that becomes slower."
+
+    law: object
+    delay: float
+    calls: int = 0
+
+    def sample(self, n, generator):
+        self.calls += 1
+        end = time.process_time() + self.delay * (self.calls > 60)
+        while time.process_time() < end:
+            pass
+        return self.law.sample(n, generator)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005])
+def test_a_budget_is_used_up_and_the_schedules_come_to_their_end(delay):
+    config = make_config({"seconds": 2.0, "batch": 64, "network": "dropout", "objective": "flow_matching", "device": "cpu", "decay": "linear"})
+    before = time.process_time()
+    step = run_to_end(config, Slowing(law_of("two_gaussians"), delay))
+    assert 1.7 < time.process_time() - before < 2.3
+    assert step.number == step.steps and step.run.optimiser.param_groups[0]["lr"] < 0.1 * config.learning_rate
 
 
 def damage(folder, how):
