@@ -226,7 +226,7 @@ def noise_end(view, probe) -> float:
     gap = view.velocity(x, 1.0, probe.y) - view.velocity(other, 1.0, probe.y) - rate * (x - other)
     return ratio(gap, scale * (x - other))
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #22805b7f
+# %% ../nbs/1_plane/15_diagnosis.ipynb #d0b30319
 class Posterior:
     "Conditional velocities v_i = A x0_i + C x_t of a pool of data at the points of the probe, and the logits of their posterior weights."
     def __init__(self, probe, pool: int = 2000):
@@ -237,9 +237,10 @@ class Posterior:
     def mean(self, logits):   # (n, pool) -> (n, ...)
         return velocity_given(self.path, self.x, self.t, (logits.softmax(1) @ self.data.flatten(1)).view_as(self.x)).to(self.dtype)
     def squares(self, z):     # (n, ...) -> (n, pool), MSE(v_i, z)
-        Cx, A = velocity_given(self.path, self.x, self.t, torch.zeros_like(self.x)), self.path.dalpha(self.t) - self.path.dbeta(self.t) * self.path.alpha(self.t) / self.path.beta(self.t)
-        x0 = (z.double() - Cx) / expand(A, z)         # the data point whose velocity is z
-        return A[:, None]**2 * torch.cdist(x0.flatten(1), self.data.flatten(1))**2 / self.data[0].numel()
+        nothing, Cx = torch.zeros_like(self.x), velocity_given(self.path, self.x, self.t, torch.zeros_like(self.x))
+        A = velocity_given(self.path, nothing, self.t, nothing + 1)
+        x0 = (z.double() - Cx) / A                    # the data point whose velocity is z
+        return A.flatten(1)[:, :1]**2 * torch.cdist(x0.flatten(1), self.data.flatten(1))**2 / self.data[0].numel()
     @property
     def reliable(self): return (1 / self.logits.softmax(1).pow(2).sum(1)).median().item() > 20    # data that share the weight
 

@@ -14,7 +14,7 @@ from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.odes import ExactFlow, OdeFlow
 from soflow_edu.paths import LinearPath, TrigPath, expand
 from soflow_edu.solution import SolutionModel, TrigCoefficients
-from soflow_edu.training import assemble, save_run, train, trained
+from soflow_edu.training import assemble, resume_run, save_run, train, trained
 
 DATA = {0: "eight_gaussians", 1: "grid_gaussians", 2: "pinwheel"}   # by seed
 HEALTHY = [name for name in RECIPES if name.startswith("healthy")]
@@ -30,12 +30,12 @@ def run_of(tmp_path_factory, worker_id):
     def get(name, seed):
         if name in BREAKS:
             return BREAKS[name](get("healthy", seed))
-        path = folder / f"{name}-{seed}.pt"
+        path = folder / f"{name}-{seed}"
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 torch.set_num_threads(1)
-                torch.save(patient(name, DATA[seed], seed), path)
-        return torch.load(path, weights_only=False)
+                save_run(path, patient(name, DATA[seed], seed))
+        return resume_run(path)
 
     return get
 
