@@ -403,9 +403,9 @@ TRAINED = (
     Pattern("unfinished", (RIGHT, "jumps_passed > 0", "bend_long > 0.15"), "The velocity is right, long jumps are not yet.", "r ended too high, or the run was too short for the jumps to follow.", "Train longer, or lower r_end.", ("objective.schedule.name", "objective.schedule.r_end", "steps")),
     Pattern("wrong_velocity", ("velocity > 0.4",), "The velocity is wrong, so the jumps can't be right.", "Other data, another scale of the data or another path than in training, or far too few steps.", "Train the velocity alone first (objective: flow_matching) and examine again. Check path, normalisation, labels.", ("data", "steps", "learning_rate")))
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #b8c9cadf
+# %% ../nbs/1_plane/15_diagnosis.ipynb #f1a6b8c3
 NOT_FINITE = Pattern("not_finite", ("finite < 1",), "The model returns NaN or infinite numbers.", "Its weights or its time features are not finite; or the run diverged.", "Lower the learning rate, set clip, and look for divisions by t, s or t - s.", ("learning_rate",))
-SOUND = Pattern("sound", ("passed < 1",), "No bug found.", "All that was measured lies within its limits.", "Nothing to mend. More steps and a smaller r_end make the jumps more exact.")
+SOUND = Pattern("sound", ("passed < 1",), "No bug found.", "All that was measured lies within its limits.", "Nothing to mend. More steps make the jumps more exact; where the loss has a schedule of r, a smaller r_end may too, if the run is long enough.")
 UNKNOWN = Pattern("unknown", (), "Something is wrong that no pattern describes.", "See the measurements that are marked.", "Begin with the first marked measurement: velocity before short jumps, short before long.")
 PATTERNS = (NOT_FINITE, *UNDONE, *TRAINED, SOUND, UNKNOWN)
 

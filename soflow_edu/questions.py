@@ -16,7 +16,7 @@ def changed(label: str, learning_rate: float = 4e-3, **options) -> Setting:
     "The starting point with some options of the objective changed."
     return Setting(label, {"objective": START | options, "learning_rate": learning_rate, "batch": 512, "network": SMALL})
 
-# %% ../nbs/1_plane/14_questions.ipynb #4f3dc89f
+# %% ../nbs/1_plane/14_questions.ipynb #82f2676e
 def constant(r): return {"name": "constant", "r_end": r}
 QUESTIONS = register("study", "questions")(
     {"start": changed("starting point")}
@@ -24,7 +24,7 @@ QUESTIONS = register("study", "questions")(
     | {f"r {r:g} batch": changed(f"constant r = {r:g}, velocity of the mini-batch", schedule=constant(r), target="batch") for r in (0.3, 0.1, 0.03, 0.01)}
     | {f"jumps {n}": changed(f"target in {n} jumps", jumps=n) for n in (2, 4)}
     | {f"schedule {name}": changed(f"{name} schedule", schedule={"name": name, "r_init": 0.3, "r_end": 0.015}) for name in ("linear", "cosine")}
-    | {"s mostly zero": changed("s = 0 in eight rows of ten", times=times(0.1, 0.0, 0.7)), "s zero": changed("always s = 0", times=times(0.0, 0.0, 1.0))}
+    | {"s mostly zero": changed("s = 0 in seven rows of ten", times=times(0.3, 0.0, 0.4)), "s zero": changed("always s = 0", times=times(0.3, 0.0, 0.7))}
     | {f"corner {share:g}": changed(f"share {share:g} of the rows at (1, 0)", times=times(share, 0.1, 0.1)) for share in (0.0, 0.6)}
     | {f"times {name}": changed(f"{name} times", times=name) for name in ("uniform", "logit_normal", "published")}
     | {f"lam {lam:g}": changed(f"lambda = {lam:g}", lam=lam) for lam in (0.0, 0.25, 0.75, 0.9)}

@@ -1,4 +1,4 @@
-"Each broken model gets its own verdict and each healthy one a clean one, on seeds and data sets that the limits were not chosen on."
+"Each broken model gets its own verdict and each healthy one a clean one, with seeds, and on one data set, that the limits were not chosen on."
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
