@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock     # comes with torch
 
 from soflow_edu import grading
+from soflow_edu.cli import COMMANDS
 from soflow_edu.grading import GradingError, grade_course, instructor_cells, personal_mixture, played, read_assignment, read_notebook, student_cells, without, write_notebook
 
 ROOT = Path(__file__).parent.parent
 SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
 NAMES = [path.stem for path in SOLVED]
-SECONDS = 8     # a cell of a student, on a busy machine
+SECONDS = 8     # a cell of a student, on a busy machine; more where it trains
 
 
 def soflow(*words):
@@ -57,14 +59,25 @@ def wrong_plan(assignment, groups=6, size=3):
     return plan
 
 
+@pytest.fixture(scope="session")
+def course(tmp_path_factory, worker_id):
+    "What `soflow course build` makes of all assignments. It is built once, by whichever of pytest's workers needs it first."
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "course"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            built = soflow("course", "build", "--out", folder)
+            assert built.returncode == 0, built.stderr
+            print(built.stdout)
+    return folder
+
+
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)
-def test_student_notebook_holds_no_secret_and_runs_without_answers(path, tmp_path):
+def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course):
     import nbformat
     from nbclient import NotebookClient
 
-    built = soflow("course", "build", "--out", tmp_path / "course")
-    assert built.returncode == 0, built.stderr
-    assignment, student = read_assignment(path), tmp_path / f"course/student/{path.name}"
+    assignment, student = read_assignment(path), course / f"student/{path.name}"
     seen = "\n".join(cell["source"] for cell in read_notebook(student)["cells"])
     for q in assignment.questions:
         secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else lines(region(q.tests["source"], "HIDDEN TESTS")))
@@ -72,10 +85,10 @@ def test_student_notebook_holds_no_secret_and_runs_without_answers(path, tmp_pat
         assert secret and not [line for line in secret if line in seen], f"question {q.number}"
     assert "BEGIN" not in seen and "#| wrong" not in seen and "### Question 1. " in seen and "points)" in seen
     assert not [cell for cell in read_notebook(student)["cells"] if cell.get("outputs")]
-    assert {p.name for p in (tmp_path / "course").iterdir()} == {"student", "solution", "instructor", "contents.md"}
-    solution = "\n".join(cell["source"] for cell in read_notebook(tmp_path / f"course/solution/{path.name}")["cells"])
+    assert {p.name for p in course.iterdir()} == {"student", "solution", "instructor", "contents.md"}
+    solution = "\n".join(cell["source"] for cell in read_notebook(course / f"solution/{path.name}")["cells"])
     assert "BEGIN" not in solution and "#|" not in solution and all(lines(region(q.answer["source"], "SOLUTION")) <= {line.strip() for line in solution.splitlines()} for q in assignment.questions)
-    table = (tmp_path / f"course/instructor/{path.stem}_rubric.md").read_text()
+    table = (course / f"instructor/{path.stem}_rubric.md").read_text()
     assert all(f"| {q.number}. {q.title} | {q.points:g} |" in table for q in assignment.questions)
 
     notebook = nbformat.read(student, as_version=4)
@@ -123,8 +136,45 @@ def test_a_replaced_helper_would_have_earned_points():
     assert not any(honest.values()) and sum(cheated.values()) > 10
 
 
-def test_marks(tmp_path):
-    "The project's own set of submissions, and the whole table of marks."
+def marked(home, out, name, seconds):
+    "What `soflow course grade` prints and writes: its output, the table of marks by student, and the points of each question."
+    done = soflow("course", "grade", home, "--out", out, "--seconds", seconds)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    rows = {row["student"]: row for row in csv.DictReader(open(out / name / "marks.csv", encoding="utf-8-sig"))}
+    points = lambda row: {int(key[1:]): None if cell == "-" else float(cell) for key, cell in row.items() if re.fullmatch(r"Q\d+", key)}
+    return done.stdout, rows, {student: points(row) for student, row in rows.items()}
+
+
+def reveals_nothing(assignment, folder, students):
+    for student in students:
+        text = re.sub(r"\x1b\[[\d;]*m", "", (folder / f"feedback/{student}.md").read_text())      # a traceback is coloured
+        for q in assignment.questions:
+            secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else lines(region(q.tests["source"], "HIDDEN TESTS")))
+            assert not [line for line in secret if line in text], (student, q.number)
+
+
+@pytest.mark.parametrize("path", SOLVED[1:], ids=NAMES[1:])
+def test_marks_of_each_assignment(path, tmp_path):
+    "Right, wrong, empty, looping and crashing submissions, and the whole table of marks."
+    assignment = read_assignment(path)
+    right, full, code = right_answers(assignment), {q.number: None if q.written else q.points for q in assignment.questions}, [q for q in assignment.questions if not q.written]
+    named = lambda q: re.search(r"^def (\w+)\(", q.answer["source"], flags=re.M)[1]
+    loop, crash = f"def {named(code[0])}(*args, **options):\n    while True: pass", f"import os\ndef {named(code[-1])}(*args, **options): os._exit(1)"
+    plan = {f"wrong {k + 1}": wrong for k, wrong in enumerate(wrong_plan(assignment, 4))}
+    answers = {"right": {}, "loop and crash": {code[0].number: loop, code[-1].number: crash}} | plan
+    for student, own in answers.items():
+        hand_in(tmp_path / "submissions" / student, assignment, right | own)
+    hand_in(tmp_path / "submissions/empty", assignment, {})
+    due = {student: full | dict.fromkeys(own, 0.0) for student, own in answers.items()} | {"empty": dict.fromkeys(full, 0.0)}
+    _, rows, got = marked(tmp_path / "submissions", tmp_path / "marks", path.stem, 2 * SECONDS)
+    assert got == due
+    assert not rows["right"]["notes"] and rows["loop and crash"]["notes"] == "look at: import os"
+    reveals_nothing(assignment, tmp_path / "marks" / path.stem, due)
+
+
+def test_marks_of_all_kinds_of_submissions(tmp_path):
+    "The project's own set: also forged, copied, torn and absent ones, and the whole table of marks."
     path = SOLVED[0]
     assignment = read_assignment(path)
     right, full = right_answers(assignment), {q.number: None if q.written else q.points for q in assignment.questions}
@@ -151,23 +201,15 @@ def test_marks(tmp_path):
     (home / "absent").mkdir()
     due |= {"torn": dict.fromkeys(full, 0.0), "absent": dict.fromkeys(full, 0.0)}
 
-    done = soflow("course", "grade", home, "--out", tmp_path / "marks", "--seconds", SECONDS)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
     out = tmp_path / "marks" / path.stem
-    rows = {row["student"]: row for row in csv.DictReader(open(out / "marks.csv", encoding="utf-8-sig"))}
-    got = {name: {n: None if row[f"Q{n}"] == "-" else float(row[f"Q{n}"]) for n in full} for name, row in rows.items()}
+    said, rows, got = marked(home, tmp_path / "marks", path.stem, SECONDS)
     assert got == due
-    assert float(rows["right"]["total"]) == sum(full[n] for n in code) and all(row["student"] in done.stdout for row in rows.values())
+    assert float(rows["right"]["total"]) == sum(full[n] for n in code) and all(row["student"] in said for row in rows.values())
     assert "its identifier is 'somebody', but it was marked as" in rows[mine]["notes"] and "nothing was handed in" in rows["absent"]["notes"] and "no notebook" in rows["torn"]["notes"]
     assert "missing, and put back: tests of question 1" in rows["forger"]["notes"] and "changed, and restored: " in rows["forger"]["notes"] and "tests of questions 2, 3, 4," in rows["forger"]["notes"] and "look at: soflow_edu.grading.close =" in rows["forger"]["notes"]
     assert not rows["right"]["notes"] and rows["loop and crash"]["notes"] == "look at: import os" and not any(rows[f"wrong {k}"]["notes"] for k in range(1, 7))
 
-    for name in due:
-        text = re.sub(r"\x1b\[[\d;]*m", "", (out / f"feedback/{name}.md").read_text())      # a traceback is coloured
-        for q in assignment.questions:
-            secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else {line for line in lines(region(q.tests["source"], "HIDDEN TESTS"))})
-            assert not [line for line in secret if line in text], (name, q.number)
+    reveals_nothing(assignment, out, due)
     assert (out / "feedback/empty.md").read_text().count("| no answer |") == len(full)
     assert "did not end in time" in (out / "feedback/loop and crash.md").read_text() and "ended or blocked the process" in (out / "feedback/loop and crash.md").read_text()
     assert "these are not the points of Heun's method" in "".join((out / f"feedback/wrong {k}.md").read_text() for k in range(1, 7))
@@ -314,6 +356,21 @@ def test_slips_of_the_author_are_named(name, old, new, words, tiny):
     (folder / "tiny.ipynb").write_text((folder / "tiny.ipynb").read_text().replace(*(json.dumps(text)[1:-1] for text in (TINY[name], TINY[name].replace(old, new)))))
     with pytest.raises(grading.InputError, match=words):
         read_assignment(folder / "tiny.ipynb")
+
+
+def test_guides_speak_of_what_exists(course):
+    "Each command, chapter and assignment that a guide names is there."
+    chapters = {path.stem[3:] for path in ROOT.glob("nbs/[0-9]_*/*.ipynb")}
+    for place in ("student", "instructor"):
+        text = (course / place / "guide.md").read_text(encoding="utf-8")
+        for words in re.findall(r"^soflow (.+)$", text, flags=re.M):
+            name, *more = words.split()
+            assert name in COMMANDS and (not isinstance(COMMANDS[name], dict) or more[0] in COMMANDS[name]), words
+        assert all((ROOT / "nbs/assignments" / name).exists() for name in re.findall(r"\b\d\d_\w+\.ipynb", text))
+    rows = re.findall(r"^\| \d \|([^|]+)\|[^|]+\|([^|]+)\|$", text, flags=re.M)
+    named = {re.sub(r" \(.*", "", name).strip() for row in rows for name in row[0].split(",")}
+    assert len(rows) == 4 and named <= chapters, named - chapters
+    assert {int(n) for row in rows for n in re.findall(r"(?:^|; )\s*(\d),", row[1])} == {int(name[:2]) for name in NAMES}
 
 
 def test_refusals(tmp_path):

@@ -209,7 +209,7 @@ def test_the_same_seed_gives_the_same_findings(run_of):
 
 def test_conditions():
     m = {"a": 1.0, "b": 0.5}
-    for condition, truth in {"a > b": True, "a > 1.9 b": True, "a > 2.1 b": False, "b < 0.6": True, "b <= b": True, "a < c": False, "c > 0": False, "a > -1": True}.items():
+    for condition, truth in {"a > b": True, "a > 1.9 b": True, "a > 2.1 b": False, "b < 0.6": True, "b <= b": True, "a < c": False, "c > 0": False, "a > -1": True, "c? > 0": True, "a? > 2": False, "a? < 2": True}.items():
         assert holds(condition, m) == truth
     assert Pattern("always", (), "", "", "").fits({})
 

@@ -79,7 +79,7 @@ def test_assignment_has_its_parts(path):
     opening = notebook.cells[0].source
     assert opening.startswith("# ") and all(words in opening for words in ("**You need**", "**Time:**", "**What you will be able to do afterwards**", "**How it works.**"))
     assert sum(q.written for q in assignment.questions) >= 2 and pictures(path)
-    assert [cell for cell in notebook.cells if "@attempt" in cell.source and "BEGIN SOLUTION" in cell.source], "no figure is the student's own"
+    assert [cell for cell in book.code_cells(notebook) if cell.source.startswith("@attempt")], "nothing is drawn from the student's answers"
     kinds = [role(cell) for cell in assignment.cells]
     for q in assignment.questions:
         heading = next(cell.source for cell in notebook.cells if cell.source.startswith(f"### Question {q.number}. "))
