@@ -527,10 +527,10 @@ def last_line(result: dict) -> str:
     telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Missing\w+)\b: ", line) and "NbGraderException" not in line]
     return (telling or lines or ["it gave no reason"])[-1]
 
-# %% ../nbs/4_practice/01_grading.ipynb #e5b98be9
+# %% ../nbs/4_practice/01_grading.ipynb #9325a1e8
 UNUSUAL = re.compile("|".join((
     r"(?<![.\w])(?:open|exec|eval|setattr|globals|__import__)\(",                                                # files, and code made from text
-    r"^\s*(?:import|from)\s+(?!(?:math|numpy|torch|scipy|matplotlib|soflow_edu)\b)\w+",                          # other modules
+    r"^\s*(?:import|from)\s+(?!(?:math|numpy|torch|scipy|sklearn|matplotlib|soflow_edu)\b)\w+",                          # other modules
     r"^\s*(?:torch|math|soflow_edu)[\w.]*\.\w+\s*=(?!=)")), flags=re.M)                                          # parts of a library replaced
 
 # %% ../nbs/4_practice/01_grading.ipynb #f6a69f1d
