@@ -79,10 +79,11 @@ def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course)
 
     assignment, student = read_assignment(path), course / f"student/{path.name}"
     seen = "\n".join(cell["source"] for cell in read_notebook(student)["cells"])
+    open_to_all = {line for cell in assignment.cells if "BEGIN" not in cell["source"] and "#| wrong" not in cell["source"] for line in lines(cell["source"])}
     for q in assignment.questions:
         secret = lines(region(q.answer["source"], "SOLUTION")) | (set() if q.written else lines(region(q.tests["source"], "HIDDEN TESTS")))
         secret |= {line for source in q.wrong.values() for line in lines(source) if not line.startswith("def ")}
-        assert secret and not [line for line in secret if line in seen], f"question {q.number}"
+        assert secret - open_to_all and not [line for line in secret - open_to_all if line in seen], f"question {q.number}"
     assert "BEGIN" not in seen and "#| wrong" not in seen and "### Question 1. " in seen and "points)" in seen
     assert not [cell for cell in read_notebook(student)["cells"] if cell.get("outputs")]
     assert {p.name for p in course.iterdir()} == {"student", "solution", "instructor", "contents.md"}
