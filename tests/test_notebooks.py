@@ -82,12 +82,14 @@ def test_assignment_has_its_parts(path):
     assert [cell for cell in book.code_cells(notebook) if cell.source.startswith("@attempt")], "nothing is drawn from the student's answers"
     kinds = [role(cell) for cell in assignment.cells]
     for q in assignment.questions:
-        heading = next(cell.source for cell in notebook.cells if cell.source.startswith(f"### Question {q.number}. "))
-        assert re.search(r"\(\d+ minutes\)", heading), f"question {q.number} does not say how long it takes"
+        first = next(k for k, cell in enumerate(notebook.cells) if cell.source.startswith(f"### Question {q.number}. "))
+        start = next(k for k, cell in enumerate(assignment.cells) if cell is q.answer)
+        task = "\n".join(cell.source for cell in notebook.cells[first:start] if cell.cell_type == "markdown")
+        assert re.search(r"\(\d+ minutes\)", task), f"question {q.number} does not say how long it takes"
         if not q.written:
-            assert "<details>" in heading and "</details>" in heading, f"question {q.number} has no folded hint"
-            start = next(k for k, cell in enumerate(assignment.cells) if cell is q.answer)
-            assert f'check("Question {q.number}"' in assignment.cells[start + 1]["source"] and kinds[start - 3:start] == ["wrong"] * 3
+            assert "<details>" in task and "</details>" in task, f"question {q.number} has no folded hint"
+            tests = next(k for k, cell in enumerate(assignment.cells) if cell is q.tests)
+            assert any(re.search(rf'"Question {q.number}\b', cell["source"]) for cell in assignment.cells[start + 1:tests]) and kinds[start - 3:start] == ["wrong"] * 3
     assert "default_exp" not in path.read_text(encoding="utf-8")
 
 
