@@ -157,6 +157,7 @@ def test_rows_do_not_mix():
 def test_missing_labels_are_the_null_row_and_zeros():
     net = awake(build("network", TINY | {"classes": 3}))
     (x, t, d), null = inputs(net), torch.full((4,), 3)
+    assert net.map_label.weight.shape == (4, 64) and net.map_augment.weight.shape == (64, 6)
     assert torch.equal(net(x, t, d), net(x, t, d, null, torch.zeros(4, 6)))
     assert not torch.allclose(net(x, t, d), net(x, t, d, 0 * null), rtol=1e-3)
     assert not torch.allclose(net(x, t, d), net(x, t, d, augment=torch.ones(4, 6)), rtol=1e-3)
@@ -228,6 +229,17 @@ def test_compiled_network_gives_the_same_answer_and_gradients():
 
 
 # ---------------------------------------------------------------------------------------------------- in the loop
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels_last"])
+def test_the_random_state_put_back_drops_the_same(layout):
+    "With and without gradients, so that both calls of the consistency loss can have one mask."
+    net = awake(build("network", TINY | {"dropout": 0.3})).to(memory_format=layout).train()
+    x, t, d = inputs(net)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        ahead = net(x, t, d)
+    assert torch.equal(net(x, t, d), ahead)
+    assert not torch.allclose(net(x, t, d), ahead, rtol=1e-2) and torch.equal(net.eval()(x, t, d), net(x, t, d))
+
+
 @pytest.mark.parametrize("objective", ["flow_matching", "soflow", {"name": "soflow", "lam": 0.5, "target": {"name": "guided", "w": 2.0, "m": 0.5}}], ids=["flow_matching", "soflow", "guided"])
 def test_trains_and_is_saved_like_any_network(tmp_path, objective):
     stripes = torch.ones(8, 8).tril()[None, None] * torch.tensor([-1.0, 0.5, 2.0])[:, None, None, None]
