@@ -37,7 +37,7 @@ CATALOGUE = {
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
              "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
-    "network": {"mlp": "flow_matching"},
+    "network": {"mlp": "flow_matching", "unet": "unet"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
