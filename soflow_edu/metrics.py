@@ -62,7 +62,7 @@ def batches(x, size: int):   # pictures, an iterable of batches of pictures, or 
         part = check_pictures(part)
         for i in range(0, len(part), size): yield to_levels(part[i:i + size])
 
-# %% ../nbs/2_images/03_metrics.ipynb #37d89f69
+# %% ../nbs/2_images/03_metrics.ipynb #8c7ce3e7
 def extract(x,                 # pictures, an iterable of batches of them, or the path of an .npz
             features,          # (B, C, H, W) in [-1, 1] -> (B, D): a module, a function, or a name: "resnet56", "inception"
             *, batch: int = 256,
@@ -72,7 +72,7 @@ def extract(x,                 # pictures, an iterable of batches of them, or th
     named, features = isinstance(features, str | dict), build("features", features)
     if not callable(features): raise InputError(f"Features were given as {type(features).__name__}. Give a module or a function (B, C, H, W) -> (B, D), or one of the registered names.")
     weights = next(features.parameters(), None) if isinstance(features, nn.Module) else None
-    device = choose_device(device or "auto") if device or named else torch.device("cpu") if weights is None else weights.device
+    device = choose_device(str(device or "auto")) if device or named else torch.device("cpu") if weights is None else weights.device
     if isinstance(features, nn.Module): features.to(device)
     with torch.no_grad(), evaluating(features):
         rows = [check_features(features(part.to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1), len(part)) for part in batches(x, batch)]

@@ -4,7 +4,6 @@ import io
 import os
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from soflow_edu.comparing import precision_recall
-from soflow_edu.config import InputError, build, data_root, replacing
-from soflow_edu.metrics import (Inception, Judging, Moments, ResNet56, as_uint8, evaluate_samples, extract, frechet, frechet_bias, kid, mmd2, moments,
+from soflow_edu.config import InputError, build
+from soflow_edu.metrics import (Inception, Moments, ResNet56, as_uint8, evaluate_samples, extract, frechet, frechet_bias, kid, mmd2, moments,
                                 read_arrays, read_npz, resnet56, write_npz)
 
 
