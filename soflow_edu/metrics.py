@@ -62,7 +62,7 @@ def batches(x, size: int):   # pictures, an iterable of batches of pictures, or 
         part = check_pictures(part)
         for i in range(0, len(part), size): yield to_levels(part[i:i + size])
 
-# %% ../nbs/2_images/03_metrics.ipynb #8c7ce3e7
+# %% ../nbs/2_images/03_metrics.ipynb #bc3f9db6
 def extract(x,                 # pictures, an iterable of batches of them, or the path of an .npz
             features,          # (B, C, H, W) in [-1, 1] -> (B, D): a module, a function, or a name: "resnet56", "inception"
             *, batch: int = 256,
@@ -75,7 +75,7 @@ def extract(x,                 # pictures, an iterable of batches of them, or th
     device = choose_device(str(device or "auto")) if device or named else torch.device("cpu") if weights is None else weights.device
     if isinstance(features, nn.Module): features.to(device)
     with torch.no_grad(), evaluating(features):
-        rows = [check_features(features(part.to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1), len(part)) for part in batches(x, batch)]
+        rows = [check_features(features(part.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1), len(part)) for part in batches(x, batch)]
     if not rows: raise InputError("No pictures were given: the iterable is empty.")
     return torch.cat(rows)
 
