@@ -22,12 +22,13 @@ from torch.nn import functional
 from .comparing import evaluating, precision_recall
 from .config import InputError, build, choose_device, data_root, find, register, replacing, unknown
 
-# %% ../nbs/2_images/03_metrics.ipynb #aaa4ec97
+# %% ../nbs/2_images/03_metrics.ipynb #8dd87457
 def as_uint8(x) -> torch.Tensor:   # uint8 (N, H, W, C), or floats (N, C, H, W) in [-1, 1]; arrays or tensors -> uint8 (N, H, W, C)
     "Pictures as a file would hold them. Raises InputError for a wrong type, shape or range, and for values that are not finite."
     return to_levels(check_pictures(x))
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
+    "The same for pictures that have been checked."
     return x if x.dtype == torch.uint8 else ((x.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 # %% ../nbs/2_images/03_metrics.ipynb #10390ed7
@@ -206,8 +207,10 @@ def frechet_bias(cov: torch.Tensor, n: int, m: int | None = None) -> float:   # 
     pairs = values[:, None] * values / (values[:, None] + values)
     return (1.25 * values.sum() + pairs.sum() / 2).item() * (1 / n + (1 / m if m else 0))
 
-# %% ../nbs/2_images/03_metrics.ipynb #145eaa46
-def cubic(x, y): return (x @ y.T / x.shape[1] + 1) ** 3   # (N, D), (M, D) -> (N, M)
+# %% ../nbs/2_images/03_metrics.ipynb #b4ec7554
+def cubic(x, y):   # (N, D), (M, D) -> (N, M)
+    "The kernel of KID for all pairs."
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 def mmd2(a: torch.Tensor, b: torch.Tensor,   # features (N, D), (M, D)
          wa=None, wb=None,                   # weights (R, N), (R, M); all one, R = 1, if not given
@@ -340,14 +343,18 @@ def evaluate_samples(x,                     # the samples: pictures as for `extr
     if a.shape[1] != b.shape[1]: raise InputError(f"The samples have {a.shape[1]} features and the data {b.shape[1]}. Extract both with the same features.")
     return SampleReport({name: s for f in chosen for name, s in f(a, b, how).items()}, len(a), len(b), a.shape[1], how)
 
-# %% ../nbs/2_images/03_metrics.ipynb #4d76314b
-def is_table(x): return getattr(x, "ndim", None) == 2
+# %% ../nbs/2_images/03_metrics.ipynb #e6f0bc16
+def is_table(x):
+    "Whether something is features rather than pictures."
+    return getattr(x, "ndim", None) == 2
 
 def ready(x):   # -> features, pictures that have been checked, or an iterable of batches
+    "What can be checked before features are computed, checked."
     if isinstance(x, str | Path): return read_npz(x)
     return check_pictures(x) if hasattr(x, "shape") and not is_table(x) else x
 
 def judging(options: dict) -> Judging:
+    "Raises InputError for an unknown option, with the nearest one that exists."
     for key in options:
         if key not in Judging.__dataclass_fields__: raise unknown("option of evaluate_samples", key, [*Judging.__dataclass_fields__, "batch", "device", "metrics"])
     return Judging(**options)
