@@ -22,18 +22,20 @@ from torch.nn import functional
 from .comparing import evaluating, precision_recall
 from .config import InputError, build, choose_device, data_root, find, register, replacing, unknown
 
-# %% ../nbs/2_images/03_metrics.ipynb #8dd87457
+# %% ../nbs/2_images/03_metrics.ipynb #6ef9baa0
 def as_uint8(x) -> torch.Tensor:   # uint8 (N, H, W, C), or floats (N, C, H, W) in [-1, 1]; arrays or tensors -> uint8 (N, H, W, C)
     "Pictures as a file would hold them. Raises InputError for a wrong type, shape or range, and for values that are not finite."
     return to_levels(check_pictures(x))
 
+# %% ../nbs/2_images/03_metrics.ipynb #629f141a
 def to_levels(x: torch.Tensor) -> torch.Tensor:
     "The same for pictures that have been checked."
     return x if x.dtype == torch.uint8 else ((x.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
-# %% ../nbs/2_images/03_metrics.ipynb #10390ed7
+# %% ../nbs/2_images/03_metrics.ipynb #27f239b5
 KINDS = "uint8 (N, height, width, channels), or floats (N, channels, height, width) in [-1, 1], with 1 or 3 channels"
 
+# %% ../nbs/2_images/03_metrics.ipynb #5af34956
 def check_pictures(x) -> torch.Tensor:
     "The pictures as a tensor, unchanged. Raises InputError as `as_uint8` does."
     if not isinstance(x, np.ndarray | torch.Tensor): raise InputError(f"Pictures were given as {type(x).__name__}. Give an array or a tensor: {KINDS}.")
@@ -164,13 +166,14 @@ class Inception(nn.Module):
 
     def forward(self, x): return self.network(((colours(x) + 1) * 127.5).round().to(torch.uint8))[0]   # (B, 3, H, W) -> (B, 2048)
 
-# %% ../nbs/2_images/03_metrics.ipynb #b51eac62
+# %% ../nbs/2_images/03_metrics.ipynb #7a547c23
 @dataclass(frozen=True)
 class Moments:
     "What the Fréchet distance knows of a set of features."
     mean: torch.Tensor   # (D,)
     cov: torch.Tensor    # (D, D), with n - 1 in the denominator
 
+# %% ../nbs/2_images/03_metrics.ipynb #fb407f2f
 def moments(z) -> Moments:   # (N, D), or Moments, which are returned as they are
     "Mean and covariance in float64. Raises InputError for fewer than D + 1 rows, of which no covariance of full rank can be made."
     if isinstance(z, Moments): return z
@@ -186,12 +189,13 @@ def as_features(z) -> torch.Tensor:   # -> (N, D) float64
     if not z.isfinite().all(): raise InputError("Some features are not finite (NaN or infinite). Check the pictures and the network.")
     return z
 
-# %% ../nbs/2_images/03_metrics.ipynb #feb6316e
+# %% ../nbs/2_images/03_metrics.ipynb #bf9c29a0
 def root(cov: torch.Tensor) -> torch.Tensor:   # (D, D) symmetric
     "The positive semi-definite square root."
     values, vectors = torch.linalg.eigh(cov)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
+# %% ../nbs/2_images/03_metrics.ipynb #852aa7ad
 def frechet(a, b) -> float:   # features (N, D) and (M, D), or their Moments
     "The Fréchet distance, W2 squared between the Gaussians of two sets. Raises InputError for too few rows, or features of different length."
     a, b = moments(a), moments(b)
@@ -207,11 +211,12 @@ def frechet_bias(cov: torch.Tensor, n: int, m: int | None = None) -> float:   # 
     pairs = values[:, None] * values / (values[:, None] + values)
     return (1.25 * values.sum() + pairs.sum() / 2).item() * (1 / n + (1 / m if m else 0))
 
-# %% ../nbs/2_images/03_metrics.ipynb #b4ec7554
+# %% ../nbs/2_images/03_metrics.ipynb #96259e43
 def cubic(x, y):   # (N, D), (M, D) -> (N, M)
     "The kernel of KID for all pairs."
     return (x @ y.T / x.shape[1] + 1) ** 3
 
+# %% ../nbs/2_images/03_metrics.ipynb #373cf79d
 def mmd2(a: torch.Tensor, b: torch.Tensor,   # features (N, D), (M, D)
          wa=None, wb=None,                   # weights (R, N), (R, M); all one, R = 1, if not given
          ) -> torch.Tensor:                  # (R,)
@@ -221,7 +226,7 @@ def mmd2(a: torch.Tensor, b: torch.Tensor,   # features (N, D), (M, D)
     within = lambda x, w: (w @ cubic(x, x).fill_diagonal_(0) * w).sum(1) / (w.sum(1).square() - w.square().sum(1))
     return within(a, wa) + within(b, wb) - 2 * (wa @ cubic(a, b) * wb).sum(1) / (wa.sum(1) * wb.sum(1))
 
-# %% ../nbs/2_images/03_metrics.ipynb #18ca7c5f
+# %% ../nbs/2_images/03_metrics.ipynb #aa15492d
 def kid(a, b,                    # features (N, D), (M, D)
         size: int = 1000,        # of a block
         resamples: int = 0,      # bootstrap replicates to add
@@ -235,12 +240,13 @@ def kid(a, b,                    # features (N, D), (M, D)
     weights = lambda x: torch.cat([torch.ones(1, len(x)), counts(len(x), resamples, g)])
     return sum(mmd2(x, y, weights(x), weights(y)) for x, y in zip(cut(a), cut(b))) / blocks
 
+# %% ../nbs/2_images/03_metrics.ipynb #626097d9
 def counts(n: int, resamples: int, generator) -> torch.Tensor:   # (resamples, n)
     "How often each of n points occurs in each bootstrap resample."
     drawn = torch.randint(n, (resamples, n), generator=generator)
     return torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
 
-# %% ../nbs/2_images/03_metrics.ipynb #d4dcbb5a
+# %% ../nbs/2_images/03_metrics.ipynb #830ec275
 @dataclass(frozen=True)
 class Score:
     "A value with its interval, which describes chance at this number of samples, not bias."
@@ -250,6 +256,7 @@ class Score:
     error: float | None = None   # standard error
     bias: float | None = None    # estimate, where the bootstrap can see it
 
+# %% ../nbs/2_images/03_metrics.ipynb #37a97f06
 def score(value: float, replicates, confidence: float = 0.95,
           least: float = -math.inf, most: float = math.inf, biased: bool = False) -> Score:   # the range of the metric; whether the replicates show its bias
     "The interval that holds the middle of the replicates (R,) after they are moved to lie about the value."
@@ -276,13 +283,14 @@ class Judging:
 
     def generator(self): return torch.Generator().manual_seed(self.seed)
 
-# %% ../nbs/2_images/03_metrics.ipynb #8c430968
+# %% ../nbs/2_images/03_metrics.ipynb #2b495301
 @register("score", "frechet")
 def frechet_score(a, b, how: Judging) -> dict:   # features (N, D), (M, D) in float64
     "The Fréchet distance with its interval and bias."
     g, again = how.generator(), lambda x: x[torch.randint(len(x), (len(x),), generator=g)]
     return {"frechet": score(frechet(a, b), [frechet(again(a), again(b)) for _ in range(how.resamples)], how.confidence, least=0, biased=True)}
 
+# %% ../nbs/2_images/03_metrics.ipynb #00e584c8
 @register("score", "kid")
 def kid_score(a, b, how: Judging) -> dict:
     "The kernel distance with its interval."
@@ -321,9 +329,10 @@ class SampleReport:
         return "\n".join([head, f"{'':12s}" + "".join(f"{word:>10s}" for word in ("value", "low", "high", "bias"))]
                          + [f"{name:12s}" + "".join(map(cell, (s.value, s.low, s.high, s.bias))) for name, s in self.scores.items()])
 
-# %% ../nbs/2_images/03_metrics.ipynb #a91a4f19
+# %% ../nbs/2_images/03_metrics.ipynb #a670c468
 SCORES = ("frechet", "kid", "precision_recall")
 
+# %% ../nbs/2_images/03_metrics.ipynb #36d35620
 def evaluate_samples(x,                     # the samples: pictures as for `extract`, or their features (N, D)
                      against,               # the data, likewise: give their features to extract them once only
                      features=None,         # module, function or name that makes features of pictures
@@ -343,23 +352,25 @@ def evaluate_samples(x,                     # the samples: pictures as for `extr
     if a.shape[1] != b.shape[1]: raise InputError(f"The samples have {a.shape[1]} features and the data {b.shape[1]}. Extract both with the same features.")
     return SampleReport({name: s for f in chosen for name, s in f(a, b, how).items()}, len(a), len(b), a.shape[1], how)
 
-# %% ../nbs/2_images/03_metrics.ipynb #e6f0bc16
+# %% ../nbs/2_images/03_metrics.ipynb #80b8f6c6
 def is_table(x):
     "Whether something is features rather than pictures."
     return getattr(x, "ndim", None) == 2
 
+# %% ../nbs/2_images/03_metrics.ipynb #c6b7654f
 def ready(x):   # -> features, pictures that have been checked, or an iterable of batches
     "What can be checked before features are computed, checked."
     if isinstance(x, str | Path): return read_npz(x)
     return check_pictures(x) if hasattr(x, "shape") and not is_table(x) else x
 
+# %% ../nbs/2_images/03_metrics.ipynb #a71e833f
 def judging(options: dict) -> Judging:
     "Raises InputError for an unknown option, with the nearest one that exists."
     for key in options:
         if key not in Judging.__dataclass_fields__: raise unknown("option of evaluate_samples", key, [*Judging.__dataclass_fields__, "batch", "device", "metrics"])
     return Judging(**options)
 
-# %% ../nbs/2_images/03_metrics.ipynb #4683d539
+# %% ../nbs/2_images/03_metrics.ipynb #466f966b
 def write_npz(path, x) -> Path:   # pictures, or an iterable of batches of them
     "Writes pictures as uint8 (N, H, W, C) under the name arr_0. Raises InputError for pictures that cannot be written, or another ending than .npz."
     path = Path(path)
@@ -370,6 +381,7 @@ def write_npz(path, x) -> Path:   # pictures, or an iterable of batches of them
     with replacing(path) as temporary: np.savez(temporary, arr_0=torch.cat(parts).numpy())
     return path
 
+# %% ../nbs/2_images/03_metrics.ipynb #222aeb8f
 def read_npz(path) -> torch.Tensor:   # uint8 (N, H, W, C)
     "The pictures of an .npz file. Raises InputError if it is missing, damaged, or holds no pictures under the name arr_0."
     array = read_arrays(path, "arr_0")["arr_0"]
