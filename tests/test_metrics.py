@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from soflow_edu import metrics
 from soflow_edu.comparing import precision_recall
 from soflow_edu.config import InputError, build
-from soflow_edu.metrics import (Inception, Moments, ResNet56, as_uint8, evaluate_samples, extract, frechet, frechet_bias, kid, mmd2, moments,
-                                read_arrays, read_npz, resnet56, write_npz)
+from soflow_edu.metrics import (Inception, Judging, Moments, ResNet56, as_uint8, evaluate_samples, extract, frechet, frechet_bias, kid, mmd2, moments,
+                                read_arrays, read_npz, resnet56, score, write_npz)
 
 
 def normal(n, d, seed, scale=1.0, shift=0.0):
@@ -149,6 +150,7 @@ def test_blocks_use_every_point_once_and_agree_with_the_whole():
     marked[650:] += 5                                                      # sets in order: no block may be left out
     assert kid(marked, b, size=100).item() > 1.5 * kid(a, b, size=100).item()
     assert kid(a[:5], b, size=10).isfinite().all()
+    assert kid(a[:150], b[:150], size=100).item() != pytest.approx(mmd2(a[:150], b[:150]).item(), rel=1e-6)    # no block is larger than asked for
 
 
 def test_agrees_with_torchmetrics_or_with_what_it_computes():
@@ -194,7 +196,7 @@ def test_report_says_what_was_done():
     assert all(s.low <= s.value <= s.high and s.error > 0 for s in report.scores.values()) and report.scores["kid"].bias is None
     assert "200 samples beside 300" in report.table and "90 % intervals of 30 resamples" in report.table and f"{report.values['frechet']:.4f}" in report.table
     again = evaluate_samples(rendered(200, 2), extract(data, net), net, resamples=30, confidence=0.9, seed=3)
-    assert again.scores == report.scores and evaluate_samples(rendered(200, 2), data, net, resamples=30, seed=4).scores != report.scores
+    assert again.scores == report.scores and evaluate_samples(rendered(200, 2), data, net, resamples=30, confidence=0.9, seed=4).scores != report.scores
     wide = evaluate_samples(rendered(200, 2), data, net, resamples=30, confidence=0.99, seed=3)
     assert all(wide.scores[name].low <= s.low and s.high <= wide.scores[name].high for name, s in report.scores.items())
     none = evaluate_samples(rendered(200, 2), data, net, resamples=0, metrics="kid")
@@ -211,6 +213,21 @@ def test_intervals_are_as_wide_as_chance(other):
     truth, found = frechet(normal(200_000, 8, 1000), other(200_000, 1001)), [d["frechet"] for d in draws]
     assert np.mean([s.bias for s in found]) == pytest.approx(np.mean([s.value for s in found]) - truth, rel=0.4)
     assert np.mean([s.low - s.bias <= truth <= s.high - s.bias for s in found]) > 0.8
+
+
+def test_interval_holds_the_middle_of_the_replicates():
+    found = score(7.0, torch.arange(101.0), confidence=0.9, biased=True)
+    assert (found.low, found.high, found.bias) == pytest.approx((7 - 45, 7 + 45, 43)) and found.error == pytest.approx(29.3, abs=0.01)
+    within = score(7.0, torch.arange(101.0), least=0, most=10)
+    assert (within.low, within.high, within.bias) == (0, 10, None)
+
+
+def test_precision_and_recall_resample_halves_without_copies(monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "precision_recall", lambda a, b, k: seen.append((a, b, k)) or precision_recall(a, b, k))
+    metrics.precision_recall_score(normal(90, 4, 1), normal(60, 4, 2), Judging(resamples=3, k=2, most=80))
+    assert sorted((len(a), len(b), k) for a, b, k in seen) == [(40, 30, 2)] * 3 + [(80, 60, 2)]
+    assert all(len(x.unique(dim=0)) == len(x) for a, b, _ in seen for x in (a, b))
 
 
 # ------------------------------------------------------------------------------------------------ pictures and features
