@@ -47,6 +47,8 @@ CATALOGUE = {
     "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
     "sampler": {"renoise": "sampling", "jump": "sampling"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
+    "features": {"resnet56": "metrics", "inception": "metrics"},
+    "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}
 
