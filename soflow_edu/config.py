@@ -36,8 +36,9 @@ CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
-             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
-    "network": {"mlp": "flow_matching", "unet": "unet"},
+             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys",
+             "digits": "digits"},
+    "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
@@ -47,7 +48,7 @@ CATALOGUE = {
     "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
     "sampler": {"renoise": "sampling", "jump": "sampling"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
-    "features": {"resnet56": "metrics", "inception": "metrics"},
+    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics"},
     "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}
