@@ -70,7 +70,7 @@ def mosaic(x,                  # (N, C, H, W) in [-1, 1]; one or two channels gi
     whole = functional.pad(tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), (0, gap, 0, gap), value=1.0)
     return whole.permute(1, 2, 0) if len(whole) == 3 else whole[0]
 
-# %% ../nbs/2_images/01_digits.ipynb #24785aa7
+# %% ../nbs/2_images/01_digits.ipynb #81b7d4a6
 def show_pictures(x,                  # (N, C, H, W) in [-1, 1]
                   titles=(),          # a word above each picture, as far as they go
                   rows=(),            # a word at the left of each row, as far as they go
@@ -80,7 +80,7 @@ def show_pictures(x,                  # (N, C, H, W) in [-1, 1]
     "The figure of a grid of pictures, without axes. Raises InputError as `mosaic` does, or for more words than there are pictures or rows."
     titles, rows = [str(word) for word in titles], [str(word) for word in rows]
     H, W = getattr(x, "shape", (0, 0))[-2:]
-    gap, above = max(1, W // 16), round(0.45 * H) if titles else 0
+    gap, above = max(1, W // 16), round(0.45 * H) if len(titles) > columns else 0      # one row of words stands above the mosaic
     picture, down = mosaic(x, columns, gap, above), -(-len(x) // columns)
     if len(titles) > len(x) or len(rows) > down: raise InputError(f"{len(titles)} titles and {len(rows)} words for rows were given for {len(x)} pictures in {down} rows. Give at most one for each.")
     if ax is None: ax = canvas(width=size * columns + 0.08 * max(map(len, rows), default=0), height=size * picture.shape[0] / (W + gap))[1]
