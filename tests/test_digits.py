@@ -151,6 +151,7 @@ def test_every_weight_learns():
         loss.value.backward()
         optimiser.step()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(part.abs().max() > 0 for block in model.net.blocks for part in block.told.weight.grad.chunk(2))                      # scales and shifts
 
 
 # ------------------------------------------------------------------------------------------------ the run
