@@ -120,7 +120,7 @@ def test_bfloat16_computes_inside_and_answers_in_float32():
 def test_channels_last_changes_the_layout_and_not_the_numbers():
     runs = {}
     for layout in (False, True):
-        run, objective = started(make_config(SMALL | {"channels_last": layout}))
+        run, objective = started(make_config(SMALL | {"channels_last": layout, "network": UNET | {"dropout": 0.0}}))     # masks are drawn in the order of memory
         advance(run, objective, Pictures())
         runs[layout] = run
     assert runs[True].model.net.enc["8x8_conv"].weight.is_contiguous(memory_format=torch.channels_last)
