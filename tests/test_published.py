@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -514,3 +516,10 @@ def test_schedules_and_shapes_that_differ_are_found(tmp_path):
 
 def test_the_reader_is_found_by_name():
     assert find("reader", "published") is read_published
+
+
+def test_parity_passes_in_a_fresh_process():
+    "Networks are imported when they are asked for: nothing may depend on what was imported before."
+    done = subprocess.run([sys.executable, "-m", "soflow_edu", "parity", str(Path(__file__).parent / "parity"), "--only", "unet"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ABOVE" not in done.stdout and "0 of networks" in done.stdout, done.stdout
+    assert subprocess.run([sys.executable, "-m", "soflow_edu", "parity", "nowhere"], capture_output=True).returncode == 2
