@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential', 'difference_quotient', 'Rows', 'Conditional',
            'OwnVelocity', 'Exact', 'posterior_logits', 'velocity_given', 'batch_velocity', 'BatchVelocity', 'SoFlow',
-           'hidden', 'rows_of', 'summed', 'velocity_loss', 'look_ahead', 'solution_loss', 'surrogate', 'Semigroup']
+           'hidden', 'rows_of', 'summed', 'velocity_loss', 'look_ahead', 'same_masks', 'drops', 'outputs',
+           'solution_loss', 'surrogate', 'Semigroup']
 
 # %% ../nbs/1_plane/08_consistency.ipynb #d8d2bfb8
 import math
@@ -145,7 +146,7 @@ class BatchVelocity(Conditional):
         return torch.where(expand(rows.dropped, rows.xt), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0, y, labels))
     regress = step
 
-# %% ../nbs/1_plane/08_consistency.ipynb #963b643c
+# %% ../nbs/1_plane/08_consistency.ipynb #0c323dda
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
@@ -174,8 +175,9 @@ class SoFlow:
         still, moving = rows[:n], rows[n:]
         with torch.no_grad():                                                         # the targets first: their memory is free again
             target = self.target.regress(model, still) if n else None
-            ahead = look_ahead(model, moving, self.step(model, moving), self.jumps) if n < len(rows.t) else None
-        F = model.F(rows.xt, rows.t, rows.s, rows.y, **rows.extras)                   # one call for both parts
+            v = self.step(model, moving) if n < len(rows.t) else None
+            with same_masks(rows.xt): ahead = look_ahead(model, moving, v, self.jumps) if v is not None else None
+        F = outputs(model, rows, n)
         return summed(self, progress, velocity_loss(self, model, still, F[:n], target) if n else None, solution_loss(self, model, moving, F[n:], *ahead) if ahead else None)
 
     def shares(self, progress): return self.lam, 1 - self.lam                         # weights of the two parts
@@ -218,6 +220,24 @@ def look_ahead(model, rows: Rows, v, jumps: int = 1) -> tuple:   # v (n, ...) ->
     for now, then in zip(times, times[1:]): x = model.solution_from(model.F(x, now, then, rows.y, **rows.extras), x, now, then)
     b = expand(model.coefficients.b(l, s), xl)
     return v, (x - expand(model.coefficients.a(l, s), xl) * xl) / torch.where(b.abs() < MIN_GAP, torch.inf, b)      # where there is no way to go F does not count
+
+# %% ../nbs/1_plane/08_consistency.ipynb #105feca6
+def same_masks(x):
+    "A context after which torch's random numbers, those of the device of x too, are as they were before it: the next call draws the same masks."
+    return torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else [])
+
+# %% ../nbs/1_plane/08_consistency.ipynb #df8d844e
+def drops(model) -> bool:
+    "Whether the network is training and holds a layer that drops values."
+    return any(part.training and part.p > 0 for part in model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
+
+# %% ../nbs/1_plane/08_consistency.ipynb #78301a88
+def outputs(model, rows: Rows, n: int):   # (B, ...)
+    "F of all rows in one call; with dropout in two, the moving rows first, on which the look ahead has drawn its masks."
+    call = lambda part: model.F(part.xt, part.t, part.s, part.y, **part.extras)
+    if not 0 < n < len(rows.t) or not drops(model): return call(rows)
+    moving = call(rows[n:])
+    return torch.cat([call(rows[:n]), moving])
 
 # %% ../nbs/1_plane/08_consistency.ipynb #cc2e8583
 def solution_loss(objective, model, rows: Rows, F, v, Fl) -> tuple:   # F, v, Fl (n, ...) -> weighted and plain loss of each row, (n,)

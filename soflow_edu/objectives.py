@@ -272,7 +272,7 @@ def judge(model, flow, name: str, answer: str = "map", count: int = 4096, sets: 
            "precision_recall": mean_over(precision_recall, ends["jump"][0], data), "precision_recall_exact": mean_over(precision_recall, truth, data)}
     return row if answer == "data" else row | properties(Comparison(model, flow, x1))
 
-# %% ../nbs/1_plane/11_objectives.ipynb #1ae8fcf3
+# %% ../nbs/1_plane/11_objectives.ipynb #9edf2e19
 @dataclass(frozen=True)
 class Job:
     "What a row is about."
@@ -286,10 +286,11 @@ class Job:
 
     @property
     def key(self) -> dict:
-        "The fields, and a hash of the settings: a row of another configuration has another key. It does not see a change of the code."
+        "The fields, and a hash of the settings that are not the defaults: a row of another configuration has another key. It does not see a change of the code."
         import hashlib
         setting = find("study", self.study)[self.setting]
-        recipe = json.dumps([setting.changes, setting.teacher, setting.answer, setting.oracle, vars(load_config(self.base))], sort_keys=True)
+        base = {name: value for name, value in vars(load_config(self.base)).items() if value != getattr(Config(), name)}
+        recipe = json.dumps([setting.changes, setting.teacher, setting.answer, setting.oracle, base], sort_keys=True)
         return vars(self) | {"recipe": hashlib.sha256(recipe.encode()).hexdigest()[:8]}
 
     def run(self) -> dict:

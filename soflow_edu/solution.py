@@ -4,8 +4,9 @@
 __all__ = ['EulerCoefficients', 'TrigCoefficients', 'SolutionModel', 'check_span', 'rms', 'identity_defect', 'semigroup_defect',
            'difference', 'ode_residual', 'invariance_residual']
 
-# %% ../nbs/1_plane/06_solution.ipynb #c47f06ce
+# %% ../nbs/1_plane/06_solution.ipynb #241f9706
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class TrigCoefficients:
     def da(self, t): return torch.zeros_like(t)
     def db(self, t): return torch.full_like(t, math.pi / 2)
 
-# %% ../nbs/1_plane/06_solution.ipynb #e5bff778
+# %% ../nbs/1_plane/06_solution.ipynb #e9454ba1
 class SolutionModel(nn.Module):
     """A learned solution function f(x, t, s) = a x + b F(x, t, t - s), and the velocity field that it implies.
 
@@ -43,10 +44,12 @@ class SolutionModel(nn.Module):
         super().__init__()
         self.net, self.path, self.coefficients = net, build("path", path), build("coefficients", coefficients)
         self.conditional = bool(getattr(net, "classes", 0))     # whether the network takes class labels
+        self.precision = "float32"                              # of the network's inner layers in training: "float32" or "bfloat16"
 
     def F(self, x, t, s, y=None, **extras):   # (B, ...)
         "The network's output in float32 or better; the network is given t and t - s."
-        out = self.net(x, t, t - s, y, **extras) if y is not None or extras else self.net(x, t, t - s)
+        with nullcontext() if self.precision == "float32" else torch.autocast(x.device.type, torch.bfloat16):
+            out = self.net(x, t, t - s, y, **extras) if y is not None or extras else self.net(x, t, t - s)
         return out if out.dtype == torch.float64 else out.float()
 
     def forward(self, x, t, s, y=None, **extras):   # (B, ...)
