@@ -524,6 +524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'soflow_edu.ladder.rungs': ('2_images/ladder.html#rungs', 'soflow_edu/ladder.py'),
                                    'soflow_edu.ladder.sample_run': ('2_images/ladder.html#sample_run', 'soflow_edu/ladder.py'),
                                    'soflow_edu.ladder.sampler_of': ('2_images/ladder.html#sampler_of', 'soflow_edu/ladder.py'),
+                                   'soflow_edu.ladder.settings': ('2_images/ladder.html#settings', 'soflow_edu/ladder.py'),
                                    'soflow_edu.ladder.shape_of': ('2_images/ladder.html#shape_of', 'soflow_edu/ladder.py'),
                                    'soflow_edu.ladder.train_run': ('2_images/ladder.html#train_run', 'soflow_edu/ladder.py'),
                                    'soflow_edu.ladder.verdict': ('2_images/ladder.html#verdict', 'soflow_edu/ladder.py'),
