@@ -37,8 +37,9 @@ CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
-             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys", "cifar10": "cifar10"},
-    "network": {"mlp": "flow_matching", "unet": "unet"},
+             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys",
+             "digits": "digits", "cifar10": "cifar10"},
+    "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
@@ -49,7 +50,7 @@ CATALOGUE = {
     "sampler": {"renoise": "sampling", "jump": "sampling"},
     "reader": {"published": "published"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
-    "features": {"resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10"},
+    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10"},
     "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}
