@@ -290,8 +290,8 @@ class AugmentedPictures(Pictures):
             return x0, y, {"augment": labels}
         return (warp(x0, draw_warps(n, 0.0, generator)) if self.flip else x0), y
 
-# %% ../nbs/2_images/04_cifar10.ipynb #4fdd195f
-@register("data", "cifar10")
+# %% ../nbs/2_images/04_cifar10.ipynb #ae739b17
+@register("pictures", "cifar10")
 def cifar10(source: str = "auto",        # "auto", "root" (parquet in the data root), "hub", "rendered", or a folder of parquet files
             augment: float = 0.0,        # probability of scale, squeeze and shift, each; then pictures are mirrored, too, and labels are given
             flip: bool = False,          # mirror half of the pictures, without labels

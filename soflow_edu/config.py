@@ -32,13 +32,13 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #ae0fc1f0
+# %% ../nbs/0_start/01_config.ipynb #23dfcb78
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
-             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys",
-             "digits": "digits", "cifar10": "cifar10"},
+             "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
+    "pictures": {"digits": "digits", "cifar10": "cifar10"},
     "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['Distribution', 'check_query', 'check_data', 'GaussianMixture', 'of_class', 'FiniteSet', 'law_of']
 
-# %% ../nbs/1_plane/03_distributions.ipynb #02fef4a6
+# %% ../nbs/1_plane/03_distributions.ipynb #12a7b726
 import torch
 
-from .config import InputError
+from .config import InputError, build, names, unknown
 from .paths import Path, expand
 from .toys import toy
 
@@ -144,9 +144,12 @@ class FiniteSet(Distribution):
         log_density = top + total.log() - mass.log() - 0.5 * rows.shape[1] * (2 * torch.pi * b**2).log()
         return m0.view_as(x).to(x), ((a * m0 - rows) / b**2).view_as(x).to(x), log_density[:, 0].to(x)
 
-# %% ../nbs/1_plane/03_distributions.ipynb #473b4641
-def law_of(name: str, count: int = 2000, seed: int = 0) -> Distribution:   # count and seed: points of a finite set
-    "The exact law of a toy: its mixture, or the finite set of `count` points drawn from it. Raises InputError for an unknown name."
+# %% ../nbs/1_plane/03_distributions.ipynb #9a40be9f
+def law_of(data, count: int = 2000, seed: int = 0) -> Distribution:   # a name or a description; count and seed: points of a finite set drawn from a toy
+    "The exact law of a data set: the mixture of a toy, or the finite set of `count` points drawn from it; that of pictures is the set itself. Raises InputError for an unknown name."
+    name = data["name"] if isinstance(data, dict) else data
+    if name in names("pictures"): return build("pictures", data)
+    if name not in names("data"): raise unknown("data set", name, [*names("data"), *names("pictures")])
     given = toy(name)
     if given.components: return GaussianMixture(**given.components)
     return FiniteSet(*given.draw(count, torch.Generator().manual_seed(seed)))

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['PLAN_EVERY', 'assemble', 'prepared', 'number_of', 'generator_of', 'rate_at', 'average', 'clock', 'Run', 'Step',
-           'begin', 'optimiser_of', 'join_processes', 'processes', 'agree', 'shares', 'Learner', 'learner_of',
-           'gradient', 'labels_for', 'advance', 'steps_within', 'budget', 'first_pace', 'Stopped', 'noticing', 'train',
-           'record', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack', 'about', 'save_run',
-           'save_checkpoint', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit', 'resume_run']
+           'begin', 'optimiser_of', 'join_processes', 'leave_processes', 'processes', 'agree', 'shares', 'Learner',
+           'learner_of', 'gradient', 'labels_for', 'advance', 'steps_within', 'budget', 'first_pace', 'Stopped',
+           'noticing', 'train', 'record', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack', 'about',
+           'save_run', 'save_checkpoint', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit',
+           'resume_run']
 
 # %% ../nbs/1_plane/10_training.ipynb #25808b49
 import json
@@ -128,6 +129,11 @@ def join_processes(device: str = "auto") -> int:   # rank of this process, 0 if 
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     return processes()[0]
 
+# %% ../nbs/1_plane/10_training.ipynb #875f4425
+def leave_processes():
+    "Parts from the other processes, at the end of a program."
+    if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
+
 # %% ../nbs/1_plane/10_training.ipynb #af6a5ae9
 def processes() -> tuple:   # rank of this process, number of processes
     "Who trains together: (0, 1) for a process alone."
@@ -142,12 +148,12 @@ def agree(numbers: list, how: str, device) -> list:   # how: "mean", "max" or "f
     else: distributed.all_reduce(shared, distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM)
     return (shared / processes()[1] if how == "mean" else shared).tolist()
 
-# %% ../nbs/1_plane/10_training.ipynb #14479046
-def shares(config: Config) -> tuple:   # numbers of this process's micro-batches, how many there are in all, samples in each
+# %% ../nbs/1_plane/10_training.ipynb #46616e05
+def shares(config: Config) -> tuple:   # numbers of this process's micro-batches, samples in each
     "How a batch is shared out among processes and micro-batches. Raises InputError if the shares cannot be equal."
     (rank, count), each = processes(), config.accumulate
     if config.batch % (count * each): raise InputError(f"A batch of {config.batch} cannot be shared equally by {count} processes with {each} micro-batches each. Choose a batch that is a multiple of {count * each}.")
-    return range(rank * each, (rank + 1) * each), count * each, config.batch // (count * each)
+    return range(rank * each, (rank + 1) * each), config.batch // (count * each)
 
 # %% ../nbs/1_plane/10_training.ipynb #71e32263
 class Learner(nn.Module):
@@ -160,15 +166,15 @@ class Learner(nn.Module):
         loss = self.objective.loss(self.model, batch, draws, progress)
         return loss.value, loss.stats
 
-# %% ../nbs/1_plane/10_training.ipynb #68815454
+# %% ../nbs/1_plane/10_training.ipynb #2f591737
 def learner_of(model: SolutionModel, objective) -> nn.Module:
     "The learner, among several processes one that averages gradients."
     learner = Learner(model, objective)
-    return learner if processes()[1] == 1 else DistributedDataParallel(learner, broadcast_buffers=False, find_unused_parameters=True)
+    return learner if processes()[1] == 1 else DistributedDataParallel(learner)
 
-# %% ../nbs/1_plane/10_training.ipynb #dc46f7df
-def gradient(run: Run, objective, data, micro: int, parts: int, size: int) -> dict:   # numbers by name, the loss among them
-    "Adds the gradient of one micro-batch, one of so many equal parts of the batch, to what the weights hold."
+# %% ../nbs/1_plane/10_training.ipynb #2e10a612
+def gradient(run: Run, objective, data, micro: int, size: int) -> dict:   # numbers by name, the loss among them
+    "Adds the gradient of one micro-batch to what the weights hold, so that those of all micro-batches add up to their mean."
     config, device, extras = run.config, next(run.model.parameters()).device, {}
     x0, y, *extras = data.sample(size, generator_of(config.seed, run.step, micro=micro))
     batch = Batch(x0.to(device), labels_for(run.model, y, device), {name: value.to(device) for part in extras for name, value in part.items()})
@@ -177,7 +183,7 @@ def gradient(run: Run, objective, data, micro: int, parts: int, size: int) -> di
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(number_of(config.seed, run.step, 0, micro, 2))
         value, stats = run.learner(batch, draws, progress)
-        (value / parts).backward()
+        (value / config.accumulate).backward()                          # the mean over processes is taken on the way
     return {"loss": value.item()} | {name: float(number) for name, number in stats.items()}
 
 # %% ../nbs/1_plane/10_training.ipynb #6a9991b1
@@ -187,15 +193,15 @@ def labels_for(model: SolutionModel, y, device):
     if y is None: raise InputError("The network has classes, but the data have no labels. Build it with classes=0, or take data with labels.")
     return y.to(device)
 
-# %% ../nbs/1_plane/10_training.ipynb #292cff66
+# %% ../nbs/1_plane/10_training.ipynb #70b31a4e
 def advance(run: Run, objective, data) -> dict:   # numbers by name, the loss among them
     "One step: data, draws, loss, gradient, update, average. Raises InputError if the loss is not finite."
-    config, device, (own, parts, size) = run.config, next(run.model.parameters()).device, shares(run.config)
+    config, device, (own, size) = run.config, next(run.model.parameters()).device, shares(run.config)
     run.optimiser.zero_grad(set_to_none=True)
     rows = []
     for micro in own:
         silent = micro != own[-1] and processes()[1] > 1                # gradients travel with the last micro-batch only
-        with run.learner.no_sync() if silent else nullcontext(): rows.append(gradient(run, objective, data, micro, parts, size))
+        with run.learner.no_sync() if silent else nullcontext(): rows.append(gradient(run, objective, data, micro, size))
     numbers = dict(zip(rows[0], agree([sum(row[name] for row in rows) / len(rows) for name in rows[0]], "mean", device)))
     if not math.isfinite(numbers["loss"]): raise InputError(f"The loss is {numbers['loss']} at step {run.step + 1}. Lower learning_rate (now {config.learning_rate:g}), set clip, or check the data.")
     run.optimiser.param_groups[0]["lr"] = config.learning_rate * rate_at(run.step, run.steps, config)

@@ -148,7 +148,7 @@ def decoder_plan(levels: list, width: int, blocks: int, attention: tuple, encode
             now = channels
     return stages
 
-# %% ../nbs/2_images/02_unet.ipynb #a5126f49
+# %% ../nbs/2_images/02_unet.ipynb #918a5948
 class Embedding(nn.Module):
     "The layers that make one vector of t, t - s, augmentation labels and class labels; a network inherits them."
     def __init__(self, width: int, augment: int = 0, classes: int = 0):
@@ -163,7 +163,7 @@ class Embedding(nn.Module):
         "What every block is told; in float32 or better also under autocast."
         with full_precision(t):
             e = torch.cat([time_features(t, self.width), time_features(d, self.width)], 1)
-            if augment is not None: e = e + self.map_augment(augment.to(e.dtype))
+            if self.augment: e = e + self.map_augment(e.new_zeros(len(e), self.augment) if augment is None else augment.to(e.dtype))
             if self.classes: e = e + self.map_label(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
             return functional.silu(self.map_layer1(functional.silu(self.map_layer0(e))))
 

@@ -181,7 +181,7 @@ def fill(folder):
 
 
 def test_rendered_is_a_law_with_held_out_pictures():
-    law = build("data", {"name": "cifar10", "source": "rendered", "count": 50})
+    law = build("pictures", {"name": "cifar10", "source": "rendered", "count": 50})
     assert isinstance(law, Pictures) and isinstance(law, AugmentedPictures) and law.points.shape == (50, 3, 32, 32) and law.points.dtype == torch.float32
     assert len(law.test) == 1000 and law.names == tuple(SCENES) and law.classes == 10 and law.features == "random_filters" and "rendered" in law.name
     assert law.points.min() >= -1 and law.points.max() <= 1 and not (torch.cdist(law.test.flatten(1), law.points.flatten(1)) < 1).any()
@@ -249,7 +249,7 @@ def test_bad_options(options, word):
 
 
 def test_misspelt_option():
-    assert "augment" in refused(build, "data", {"name": "cifar10", "augmnt": 0.12})
+    assert "augment" in refused(build, "pictures", {"name": "cifar10", "augmnt": 0.12})
 
 
 def test_real_parquet_files(tmp_path, table):
@@ -309,6 +309,8 @@ def test_labels_have_the_published_frequencies_and_moments():
     assert scipy.stats.kstest(lengths[lengths > 0].numpy(), "halfnorm").pvalue > 1e-4
     turned = labels[labels[:, 3] != 0]
     assert scipy.stats.kstest(torch.atan2(turned[:, 3], turned[:, 2]).numpy(), "uniform", (-math.pi, 2 * math.pi)).pvalue > 1e-4
+    angle = draw_warps(n, p, generator(3)).angle
+    assert scipy.stats.kstest(angle[angle != 0].double().numpy(), "uniform", (-math.pi, 2 * math.pi)).pvalue > 1e-4 and abs((angle == 0).double().mean() - 0.5) < 0.01
     happens = torch.stack([labels[:, 1] != 0, labels[:, 2] != 0, labels[:, 4] != 0, labels[:, 0] != 0]).double()
     assert (torch.corrcoef(happens) - torch.eye(4)).abs().max() < 5 / n**0.5           # independently of one another
     assert ((labels[:, 4] != 0) == (labels[:, 5] != 0)).all()
