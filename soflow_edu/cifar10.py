@@ -126,12 +126,12 @@ def read_table(table: dict,                 # columns by name: img, label
     check_rows(rows, pictures, [labels[row] for row in rows], [named(table["img"][row]) for row in rows], where)
     return torch.from_numpy(np.stack(pictures)), torch.tensor([labels[row] for row in rows])
 
-# %% ../nbs/2_images/04_cifar10.ipynb #9359ee7a
+# %% ../nbs/2_images/04_cifar10.ipynb #78b087a3
 def check_rows(rows, pictures, labels, names, where):
     "Raises InputError for an empty table, pictures that are not 32 x 32 in colour, or labels that are not 0 to 9."
     if not rows: raise InputError(f"{where} is empty. Give a table with at least one row.")
-    kinds = [f"row {row} ({name}) is {' x '.join(map(str, p.shape))} {p.dtype}" for row, name, p in zip(rows, names, pictures) if p.shape != (SIZE, SIZE, 3) or p.dtype != np.uint8]
-    if kinds: raise InputError(f"{len(kinds)} of {len(rows)} pictures in {where} are not of 32 x 32 pixels with 3 channels of 8 bits: {listed(kinds)}. Is it another data set? Convert or resize the pictures first.")
+    kinds = [f"row {row} ({name}) is {' x '.join(map(str, p.shape))}" for row, name, p in zip(rows, names, pictures) if p.shape != (SIZE, SIZE, 3)]
+    if kinds: raise InputError(f"{len(kinds)} of {len(rows)} pictures in {where} are not 32 x 32 x 3, pixels in height and width and channels red, green and blue: {listed(kinds)}. Is it another data set? Convert or resize the pictures first.")
     strange = [f"row {row} has {label!r}" for row, label in zip(rows, labels) if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(CLASSES)]
     if strange: raise InputError(f"{len(strange)} of {len(rows)} labels in {where} are not whole numbers from 0 to {len(CLASSES) - 1}: {listed(strange)}. Is it another data set?")
 

@@ -22,6 +22,7 @@ from soflow_edu.config import Config, InputError, build, load_config
 from soflow_edu.digits import Pictures
 from soflow_edu.odes import OdeFlow
 from soflow_edu.training import assemble, begin, save_run, train
+from soflow_edu.unet import UNet
 
 SMALL = {"name": "unet", "width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "augment": 0, "patch": 4}
 
@@ -536,7 +537,7 @@ def test_recipes_can_be_begun(name):
     config = load_config(name)
     assert config.data["name"] == "cifar10" and config.network["name"] == "unet"
     with torch.device("meta"):
-        net = build("network", config.network)
+        net = UNet(**{key: value for key, value in config.network.items() if key != "name"})
     assert bool(net.options["augment"]) == bool(config.data.get("augment"))       # labels are given exactly where the network takes them
     objective = build("objective", config.objective)
     if name == "cifar10-published":
