@@ -7,7 +7,7 @@ __all__ = ['SIZE', 'CLASSES', 'COLUMNS', 'HUB', 'SCENES', 'disc', 'ring', 'box',
            'draw_warps', 'doubling', 'resample', 'warp', 'augment', 'AugmentedPictures', 'cifar10', 'RandomFilters',
            'distance_maps', 'show_distances', 'export_weights', 'weights_file', 'read_card', 'load_weights']
 
-# %% ../nbs/2_images/04_cifar10.ipynb #e01678cc
+# %% ../nbs/2_images/04_cifar10.ipynb #cdb6c83b
 import hashlib
 import io
 import json
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from .comparing import Comparison
 from .config import InputError, build, canvas, data_root, read_text, register, replacing, to_yaml, unknown
-from .digits import Pictures, mosaic, show_pictures
+from .digits import Pictures, show_pictures
 from .metrics import colours
 from .solution import SolutionModel
 from .training import fit, load_run
@@ -327,18 +327,21 @@ def distance_maps(c: Comparison, most: int = 10) -> dict:
     if gap.ndim != 4: raise InputError(f"Distance maps need pictures (B, C, H, W), but the noise has the shape {tuple(c.x1.shape)}. Leave this metric out, or give noise of pictures.")
     return {"distance_maps": gap.square().mean(1).sqrt(), "distance_of_each": gap.square().flatten(1).mean(1).sqrt().tolist()}
 
-# %% ../nbs/2_images/04_cifar10.ipynb #27472852
+# %% ../nbs/2_images/04_cifar10.ipynb #297d384e
 def show_distances(report, most: float | None = None):   # a Report with distance maps; value of the brightest shade
-    "A figure: ODE pictures, one-step pictures of the same noise, and the maps of their distance."
+    "A figure: ODE pictures, one-step pictures of the same noise, and the maps of their distance, each with its RMS below."
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     c, maps, each = report.comparison, report.results["distance_maps"].float(), report.results["distance_of_each"]
-    n, top = len(maps), most or max(maps.quantile(0.995).item(), 1e-6)
-    figure, (above, below) = canvas(1, 2, width=0.62 * n + 1.0, height=1.3)
-    show_pictures(torch.cat([c.truth[:n], c.one_step[:n]]), rows=("ODE", "one step"), columns=n, ax=above)
-    tiles = mosaic((2 * maps[:, None] / top - 1).clamp(-1, 1), n, max(1, maps.shape[2] // 16))
-    drawn = below.imshow(tiles * top, cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
-    for k, value in enumerate(each): below.text((k + 0.5) * tiles.shape[1] / n, -1.5, f"{value:.2f}", ha="center", fontsize=7.5)
-    figure.colorbar(drawn, ax=below, shrink=0.9, label="RMS distance")
-    below.set_axis_off()
+    n, W, top = len(maps), maps.shape[2], most or max(maps.quantile(0.995).item(), 1e-6)
+    shades = torch.from_numpy(colormaps["cividis"]((maps / top).clamp(0, 1).numpy())[..., :3]).float().permute(0, 3, 1, 2) * 2 - 1
+    figure, ax = canvas(width=0.62 * n + 1.6, height=2.1)
+    show_pictures(torch.cat([c.truth[:n].float().cpu(), c.one_step[:n].float().cpu(), shades]), rows=("ODE", "one step", "distance"), columns=n, ax=ax)
+    bottom, left = ax.get_ylim()[0], ax.get_xlim()
+    for k, value in enumerate(each): ax.text(left[0] + (k + 0.5) * (left[1] - left[0]) / n, bottom + 0.1 * W, f"{value:.2f}", ha="center", va="top", fontsize=7.5)
+    drawn = ScalarMappable(cmap="cividis")
+    drawn.set_clim(0, top)
+    figure.colorbar(drawn, ax=ax, shrink=0.8, label="RMS distance")
     return figure
 
 # %% ../nbs/2_images/04_cifar10.ipynb #38dd1c83
