@@ -37,12 +37,13 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 COLUMNS = ("img", "label")
 HUB = "uoft-cs/cifar10"
 
-# %% ../nbs/2_images/04_cifar10.ipynb #dd2a7df1
+# %% ../nbs/2_images/04_cifar10.ipynb #c3296812
 def disc(x, y, r): return lambda u, v: ((u - x)**2 + (v - y)**2).sqrt() - r
 def ring(x, y, r, w): return lambda u, v: disc(x, y, r)(u, v).abs() - w
 def box(x, y, w, h): return lambda u, v: torch.maximum((u - x).abs() - w, (v - y).abs() - h)
 def petals(count, r, depth): return lambda u, v: (u**2 + v**2).sqrt() - r * (1 + depth * torch.cos(count * torch.atan2(u, v)))
 
+# %% ../nbs/2_images/04_cifar10.ipynb #d5345a2f
 def polygon(*corners):   # convex, counter-clockwise
     edges = list(zip(corners, corners[1:] + corners[:1]))
     return lambda u, v: torch.stack([((u - a) * (d - b) - (v - b) * (c - a)) / math.hypot(c - a, d - b) for (a, b), (c, d) in edges]).amax(0)
@@ -126,7 +127,7 @@ def read_table(table: dict,                 # columns by name: img, label
     check_rows(rows, pictures, [labels[row] for row in rows], [named(table["img"][row]) for row in rows], where)
     return torch.from_numpy(np.stack(pictures)), torch.tensor([labels[row] for row in rows])
 
-# %% ../nbs/2_images/04_cifar10.ipynb #78b087a3
+# %% ../nbs/2_images/04_cifar10.ipynb #a9625213
 def check_rows(rows, pictures, labels, names, where):
     "Raises InputError for an empty table, pictures that are not 32 x 32 in colour, or labels that are not 0 to 9."
     if not rows: raise InputError(f"{where} is empty. Give a table with at least one row.")
@@ -135,6 +136,7 @@ def check_rows(rows, pictures, labels, names, where):
     strange = [f"row {row} has {label!r}" for row, label in zip(rows, labels) if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(CLASSES)]
     if strange: raise InputError(f"{len(strange)} of {len(rows)} labels in {where} are not whole numbers from 0 to {len(CLASSES) - 1}: {listed(strange)}. Is it another data set?")
 
+# %% ../nbs/2_images/04_cifar10.ipynb #b3e414a6
 def named(img): return (img.get("path") if isinstance(img, dict) else None) or "no path"
 def listed(words: list): return "; ".join(words[:3]) + ("; ..." if len(words) > 3 else "")
 
