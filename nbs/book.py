@@ -81,10 +81,10 @@ def imported(source: str) -> set:
 
 
 def catalogue() -> dict:
-    "Which module each registered name lives in, read from the source of config."
+    "Which module each registered name lives in, read from the source of config; readers of files apart, which no configuration names."
     for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and node.targets[0].id == "CATALOGUE":
-            return {name: module for kind in ast.literal_eval(node.value).values() for name, module in kind.items()}
+            return {name: module for kind, entries in ast.literal_eval(node.value).items() if kind != "reader" for name, module in entries.items()}
     raise ValueError("config.py holds no CATALOGUE")
 
 

@@ -7,7 +7,7 @@ __all__ = ['MACHINE', 'USUAL', 'changed', 'as_options', 'train_run', 'difference
            'write_samples', 'evaluate_source', 'rung_of', 'evidence', 'falling', 'verdict', 'write_grid',
            'write_scatter']
 
-# %% ../nbs/2_images/05_ladder.ipynb #68a4f32c
+# %% ../nbs/2_images/05_ladder.ipynb #11b44582
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,13 @@ import torch
 
 from .comparing import compare
 from .config import Config, InputError, build, choose_device, fresh_folder, load_config, make_config, names, read_yaml, replacing, shipped_configs, unknown
+from .digits import agreement, mosaic
 from .distributions import law_of
 from .metrics import evaluate_samples, write_npz
 from .objectives import EulerMap
 from .odes import ExactFlow
 from .sampling import sample
-from .training import Run, assemble, generator_of, join_processes, load_run, processes, resume_run, save_run, train, trained
+from .training import Run, assemble, generator_of, join_processes, load_run, processes, resume_run, train, trained
 
 # %% ../nbs/2_images/05_ladder.ipynb #acd6fed6
 def changed(config: Config,    # where to start
@@ -190,15 +191,13 @@ def judge_pictures(x, data, features: str = "", device: str = "auto") -> Evaluat
     report = evaluate_samples(x, data.test, features or data.features, device=device)
     return Evaluation(report.values, report.table, {"count": report.samples, "features": features or data.features, "against": data.name})
 
-# %% ../nbs/2_images/05_ladder.ipynb #303c7c33
-@torch.no_grad()
+# %% ../nbs/2_images/05_ladder.ipynb #972eba2c
 def agreement_of(x, y, features: str, device: str = "auto") -> float | None:   # pictures (N, C, H, W) in [-1, 1], classes (N,) -> share in [0, 1]
     "The share of samples that a classifier reads as the class they were asked for; None if the features classify nothing."
-    net = build("features", features)
+    net = build("features", features).to(choose_device(device))
     if not hasattr(net, "logits"): return None
-    net = net.to(choose_device(device)) if hasattr(net, "to") else net
-    found = torch.cat([net.logits(part.to(choose_device(device))).argmax(1).cpu() for part in x.split(250)])
-    return (found == y).float().mean().item()
+    shares = [agreement(part.to(choose_device(device)), asked.to(choose_device(device)), net) * len(part) for part, asked in zip(x.split(250), y.split(250))]
+    return sum(shares) / len(x)
 
 # %% ../nbs/2_images/05_ladder.ipynb #ad9e21f6
 def with_lines(found: Evaluation) -> Evaluation:
@@ -289,18 +288,16 @@ def verdict(run: Run, found: Evaluation) -> str:
         if not inside: lines += ["The likeliest causes:", *(f"  {i}. {cause}" for i, cause in enumerate((evidence(run, rung, found, e) + list(USUAL))[:3], 1))]
     return "\n".join(lines)
 
-# %% ../nbs/2_images/05_ladder.ipynb #e1c9551c
-def write_grid(path, x, columns: int = 10) -> Path:   # pictures (N, C, H, W) in [-1, 1], the first three channels are shown; or points (N, 2)
+# %% ../nbs/2_images/05_ladder.ipynb #fcf5354f
+def write_grid(path, x, columns: int = 10) -> Path:   # pictures (N, C, H, W) in [-1, 1], or points (N, 2)
     "Writes pictures side by side as a PNG, small ones enlarged; points as a scatter plot. Raises InputError for another ending."
     path = Path(path)
     if path.suffix != ".png": raise InputError(f"{path} does not end in .png. Rename it.")
     if x.ndim == 2: return write_scatter(path, x)
     from matplotlib.image import imsave
-    x, scale = x[:, :3].clamp(-1, 1).repeat_interleave(max(1, 64 // x.shape[2]), 2), max(1, 64 // x.shape[3])
-    x = torch.nn.functional.pad(x.repeat_interleave(scale, 3), (2, 2, 2, 2), value=1.0)
-    x = torch.cat([x, x.new_ones(-len(x) % columns, *x.shape[1:])])
-    sheet = torch.cat([torch.cat(list(row), 2) for row in x.split(columns)], 1).expand(3, -1, -1)
-    with replacing(path) as temporary: imsave(temporary, ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy(), format="png")
+    scale = max(1, 64 // x.shape[3])
+    sheet = mosaic(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), columns, gap=2)
+    with replacing(path) as temporary: imsave(temporary, sheet.numpy(), cmap="gray", vmin=0, vmax=1, format="png")
     return path
 
 # %% ../nbs/2_images/05_ladder.ipynb #2f3a84d1

@@ -26,8 +26,8 @@ def time_features(t: torch.Tensor,   # (B,) a time, in [0, 1]
     angles = t[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
-# %% ../nbs/2_images/02_unet.ipynb #7076ed94
-BINOMIAL = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+# %% ../nbs/2_images/02_unet.ipynb #758cf39b
+BINOMIAL = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu").outer(torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")) / 64     # on the CPU even if this is imported where another device is the default
 
 # %% ../nbs/2_images/02_unet.ipynb #cb896058
 def halved(x, kernel):    # (B, C, H, W), (1, 1, 4, 4) -> (B, C, H / 2, W / 2)
