@@ -43,8 +43,8 @@ class Pictures(FiniteSet):
         super().__init__(points, labels)
         self.name, self.test, self.test_labels, self.names, self.features, self.classes = name, test, test_labels, names, features, len(names)
 
-# %% ../nbs/2_images/01_digits.ipynb #0eea8f3d
-@register("data", "digits")
+# %% ../nbs/2_images/01_digits.ipynb #9dd3d8dc
+@register("pictures", "digits")
 def digits(held_out: int = 297,   # how many pictures are not trained on
            seed: int = 0,         # of the split
            ) -> Pictures:
@@ -70,7 +70,7 @@ def mosaic(x,                  # (N, C, H, W) in [-1, 1]; one or two channels gi
     whole = functional.pad(tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), (0, gap, 0, gap), value=1.0)
     return whole.permute(1, 2, 0) if len(whole) == 3 else whole[0]
 
-# %% ../nbs/2_images/01_digits.ipynb #24785aa7
+# %% ../nbs/2_images/01_digits.ipynb #81b7d4a6
 def show_pictures(x,                  # (N, C, H, W) in [-1, 1]
                   titles=(),          # a word above each picture, as far as they go
                   rows=(),            # a word at the left of each row, as far as they go
@@ -80,7 +80,7 @@ def show_pictures(x,                  # (N, C, H, W) in [-1, 1]
     "The figure of a grid of pictures, without axes. Raises InputError as `mosaic` does, or for more words than there are pictures or rows."
     titles, rows = [str(word) for word in titles], [str(word) for word in rows]
     H, W = getattr(x, "shape", (0, 0))[-2:]
-    gap, above = max(1, W // 16), round(0.45 * H) if titles else 0
+    gap, above = max(1, W // 16), round(0.45 * H) if len(titles) > columns else 0      # one row of words stands above the mosaic
     picture, down = mosaic(x, columns, gap, above), -(-len(x) // columns)
     if len(titles) > len(x) or len(rows) > down: raise InputError(f"{len(titles)} titles and {len(rows)} words for rows were given for {len(x)} pictures in {down} rows. Give at most one for each.")
     if ax is None: ax = canvas(width=size * columns + 0.08 * max(map(len, rows), default=0), height=size * picture.shape[0] / (W + gap))[1]
@@ -154,18 +154,20 @@ class ConvBlock(nn.Module):
         scale, shift = self.told(e)[:, :, None, None].chunk(2, 1)
         return h + self.conv1(functional.silu(torch.addcmul(shift, self.conv0(self.norm(h)), 1 + scale)))
 
-# %% ../nbs/2_images/01_digits.ipynb #9d6f7dae
+# %% ../nbs/2_images/01_digits.ipynb #c201b6f0
 @register("network", "conv")
 class ConvNet(nn.Module):
-    "A residual convolutional network for small pictures (B, channels, H, W); optional classes. Raises InputError for settings or inputs that do not fit."
-    def __init__(self, channels: int = 1, width: int = 64, depth: int = 3,   # channels of the pictures and inside; number of blocks
+    "A residual convolutional network for small pictures (B, channels, size, size); optional classes. Raises InputError for settings or inputs that do not fit."
+    def __init__(self, size: int = 8, channels: int = 1,       # of the pictures: pixels along an edge, channels
+                 width: int = 64, depth: int = 3,              # channels inside; number of blocks
                  patch: int = 2,      # edge of the patches that become channels
                  t_waves: int = 4,    # frequencies k pi of t and of t - s
                  classes: int = 0):   # number of classes; label `classes` means none
         super().__init__()
-        self.options = {"channels": channels, "width": width, "depth": depth, "patch": patch, "t_waves": t_waves, "classes": classes}
-        for name, least in {"channels": 1, "width": 1, "depth": 1, "patch": 1, "t_waves": 0, "classes": 0}.items():
+        self.options = {"size": size, "channels": channels, "width": width, "depth": depth, "patch": patch, "t_waves": t_waves, "classes": classes}
+        for name, least in {"size": 1, "channels": 1, "width": 1, "depth": 1, "patch": 1, "t_waves": 0, "classes": 0}.items():
             if self.options[name] < least: raise InputError(f"A network was asked for in which {name} is {self.options[name]}, but it must be at least {least}.")
+        if size % patch: raise InputError(f"A picture of {size} pixels cannot be cut into patches of {patch}. Take a patch that divides the size.")
         self.classes = classes
         self.times, self.mix = nn.Linear(2 * (1 + 2 * t_waves), width), nn.Linear(width, width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
@@ -174,7 +176,7 @@ class ConvNet(nn.Module):
 
     def spec(self): return {"name": "conv"} | self.options
 
-    def forward(self, x, t, d, y=None):   # (B, channels, H, W), (B,), (B,), (B,) -> (B, channels, H, W)
+    def forward(self, x, t, d, y=None):   # (B, channels, size, size), (B,), (B,), (B,) -> (B, channels, size, size)
         check_call(self, x, t, d, y)
         e = self.times(waves(torch.stack([t, d], 1), self.options["t_waves"], math.pi))
         if self.classes: e = e + self.labels(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
@@ -183,11 +185,11 @@ class ConvNet(nn.Module):
         for block in self.blocks: h = block(h, e)
         return functional.pixel_shuffle(self.outlet(functional.silu(h)), self.options["patch"])
 
-# %% ../nbs/2_images/01_digits.ipynb #ce929b05
+# %% ../nbs/2_images/01_digits.ipynb #9825c06f
 def check_call(net, x, t, d, y):
     "Raises InputError for inputs that do not fit a network."
-    channels, patch, B = net.options["channels"], net.options["patch"], len(x)
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % patch or x.shape[3] % patch: raise InputError(f"This network takes pictures of shape (B, {channels}, H, W) with H and W multiples of {patch}, but got {tuple(x.shape)}.")
+    channels, size, B = net.options["channels"], net.options["size"], len(x)
+    if x.shape[1:] != (channels, size, size): raise InputError(f"This network takes pictures of shape (B, {channels}, {size}, {size}), but got {tuple(x.shape)}.")
     for name, time in (("t", t), ("d = t - s", d)):
         if time.shape != (B,): raise InputError(f"{name} has shape {tuple(time.shape)} for {B} pictures. Give one number for each.")
     if y is None: return

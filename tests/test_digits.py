@@ -11,7 +11,7 @@ from torch import nn
 from soflow_edu.comparing import compare
 from soflow_edu.config import InputError, build, describe, find, load_config
 from soflow_edu.digits import ConvNet, Pictures, agreement, digit_reader, digits, mosaic, nearest, show_pictures, spread
-from soflow_edu.distributions import FiniteSet
+from soflow_edu.distributions import FiniteSet, law_of
 from soflow_edu.flow_matching import Batch
 from soflow_edu.odes import ExactFlow, OdeFlow
 from soflow_edu.sampling import sample
@@ -44,8 +44,8 @@ def test_digits_are_those_of_sklearn_split_without_a_leak():
 
 
 def test_split_follows_its_seed():
-    assert torch.equal(digits().points, law.points) and torch.equal(build("data", "digits").test, law.test)
-    other = build("data", {"name": "digits", "seed": 1, "held_out": 100})
+    assert torch.equal(digits().points, law.points) and torch.equal(build("pictures", "digits").test, law.test)
+    other = build("pictures", {"name": "digits", "seed": 1, "held_out": 100})
     assert other.test.shape == (100, 1, 8, 8) and len(other.points) == 1697 and not torch.equal(other.test, law.test[:100])
 
 
@@ -127,8 +127,8 @@ def test_show_pictures_draws_words_and_no_axes():
 
 # ------------------------------------------------------------------------------------------------ the network
 def test_network_is_zero_at_first_and_uses_everything_it_is_told():
-    net = ConvNet(channels=3, width=8, depth=2, patch=4, classes=5)
-    x, t, y = noise(4, 1, (3, 8, 16)), torch.linspace(0.2, 0.9, 4), torch.tensor([0, 2, 4, 5])
+    net = ConvNet(size=16, channels=3, width=8, depth=2, patch=4, classes=5)
+    x, t, y = noise(4, 1, (3, 16, 16)), torch.linspace(0.2, 0.9, 4), torch.tensor([0, 2, 4, 5])
     assert (net(x, t, t / 2, y) == 0).all() and net.spec() == describe(build("network", net.spec())) and net.classes == 5
     for part in net.parameters(): nn.init.normal_(part, std=0.3, generator=torch.Generator().manual_seed(part.numel()))
     out = net(x, t, t / 2, y)
@@ -151,19 +151,20 @@ def test_every_weight_learns():
         loss.value.backward()
         optimiser.step()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(part.abs().max() > 0 for block in model.net.blocks for part in block.told.weight.grad.chunk(2))                      # scales and shifts
 
 
 # ------------------------------------------------------------------------------------------------ the run
 @pytest.fixture(scope="module")
 def run():
     config = replace(load_config("digits"), steps=300, seconds=None)
-    for step in train(*assemble(config), build("data", config.data), config): pass
+    for step in train(*assemble(config), law_of(config.data), config): pass
     return step.run
 
 
 def test_configuration_is_within_its_budget():
     config = load_config("digits")
-    assert config.seconds <= 60 and config.data == "digits" and build("data", config.data).shape == (1, 8, 8) and config.objective["target"]["name"] == "guided"
+    assert config.seconds <= 60 and config.data == "digits" and law_of(config.data).shape == (1, 8, 8) and config.objective["target"]["name"] == "guided"
 
 
 def test_one_step_digits_are_read_as_asked_for_and_are_no_copies(run):
@@ -179,7 +180,7 @@ def test_run_is_saved_and_loaded(run, tmp_path):
     back = load_run(tmp_path)
     x, y = noise(20, 1), torch.arange(20) % 10
     assert torch.equal(sample(back.model, x, 1, y=y), sample(trained(run), x, 1, y=y)) and isinstance(back.model.net, ConvNet)
-    assert isinstance(build("data", back.config.data), Pictures) and build("objective", back.objective).target.w == run.objective["target"]["w"]
+    assert isinstance(law_of(back.config.data), Pictures) and build("objective", back.objective).target.w == run.objective["target"]["w"]
     code = f"import torch; from soflow_edu.training import load_run; print(type(load_run({str(tmp_path)!r}).model.net).__name__)"          # by its name alone
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "ConvNet"
 
@@ -237,7 +238,7 @@ BAD = [
     (lambda: made(names=range(9)), "9 classes"),
     (lambda: digits(held_out=3), "ten classes"),
     (lambda: digits(held_out=1790), "1,787"),
-    (lambda: build("data", {"name": "digits", "heldout": 3}), "held_out"),
+    (lambda: build("pictures", {"name": "digits", "heldout": 3}), "held_out"),
     (lambda: mosaic(x[:, 0]), "(30, 8, 8)"),
     (lambda: mosaic(x, 0), "0 columns"),
     (lambda: mosaic([x]), "list"),
@@ -253,11 +254,12 @@ BAD = [
     (lambda: agreement(x[:, :, :4], y), "(30, 1, 4, 8)"),
     (lambda: ConvNet(depth=0), "depth is 0"),
     (lambda: ConvNet(classes=-1), "classes is -1"),
+    (lambda: ConvNet(size=9), "divides the size"),
     (lambda: build("network", {"name": "conv", "witdh": 3}), "width"),
     (lambda: ConvNet()(x, torch.ones(30), torch.ones(30), y), "no classes"),
     (lambda: ConvNet()(x[:, 0], torch.ones(30), torch.ones(30)), "(30, 8, 8)"),
-    (lambda: ConvNet()(x[..., :7], torch.ones(30), torch.ones(30)), "multiples of 2"),
-    (lambda: ConvNet(channels=3)(x, torch.ones(30), torch.ones(30)), "(B, 3, H, W)"),
+    (lambda: ConvNet()(x[..., :7], torch.ones(30), torch.ones(30)), "(30, 1, 8, 7)"),
+    (lambda: ConvNet(channels=3)(x, torch.ones(30), torch.ones(30)), "(B, 3, 8, 8)"),
     (lambda: ConvNet()(x, torch.ones(3), torch.ones(30)), "t has shape (3,)"),
     (lambda: ConvNet()(x, torch.ones(30), torch.ones(30, 1)), "d = t - s"),
     (lambda: ConvNet(classes=10)(x, torch.ones(30), torch.ones(30), y + 2), "10 for no label"),
@@ -272,5 +274,5 @@ def test_bad_input_is_refused_in_words(call, words):
 
 
 def test_components_are_found_by_name_alone():
-    code = "import sys; from soflow_edu.config import find; found = [find('data', 'digits'), find('network', 'conv'), find('features', 'digits')]; print([m for m in ('sklearn', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]" and find("data", "digits") is digits
+    code = "import sys; from soflow_edu.config import find; found = [find('pictures', 'digits'), find('network', 'conv'), find('features', 'digits')]; print([m for m in ('sklearn', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]" and find("pictures", "digits") is digits
