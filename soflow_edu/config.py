@@ -44,13 +44,13 @@ CATALOGUE = {
                   "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
     "metric": {"one_step": "comparing", "transport": "comparing", "properties": "comparing", "triangle": "comparing",
-               "evaluations": "comparing", "trajectories": "comparing"},
+               "evaluations": "comparing", "trajectories": "comparing", "distance_maps": "cifar10"},
     "schedule": {"constant": "consistency", "linear": "consistency", "cosine": "consistency", "exponential": "consistency"},
     "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
     "sampler": {"renoise": "sampling", "jump": "sampling"},
     "reader": {"published": "published"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
-    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics"},
+    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10"},
     "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}
