@@ -7,7 +7,7 @@ __all__ = ['MACHINE', 'USUAL', 'changed', 'as_options', 'train_run', 'settings',
            'write_samples', 'evaluate_source', 'rung_of', 'evidence', 'falling', 'verdict', 'write_grid',
            'write_scatter']
 
-# %% ../nbs/2_images/05_ladder.ipynb #e8df6bd0
+# %% ../nbs/2_images/05_ladder.ipynb #0fe00994
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .comparing import compare
-from .config import LENGTHS, Config, InputError, build, choose_device, fresh_folder, load_config, make_config, names, read_yaml, replacing, shipped_configs, unknown
+from .config import LENGTHS, Config, InputError, build, canvas, choose_device, fresh_folder, load_config, make_config, names, read_yaml, replacing, shipped_configs, unknown
 from .digits import agreement, mosaic
 from .distributions import law_of
 from .metrics import evaluate_samples, write_npz
@@ -310,11 +310,10 @@ def write_grid(path, x, columns: int = 10) -> Path:   # pictures (N, C, H, W) in
     with replacing(path) as temporary: imsave(temporary, sheet.numpy(), cmap="gray", vmin=0, vmax=1, format="png")
     return path
 
-# %% ../nbs/2_images/05_ladder.ipynb #2f3a84d1
+# %% ../nbs/2_images/05_ladder.ipynb #43340ff2
 def write_scatter(path: Path, x) -> Path:   # (N, 2)
     "Writes points in the plane as a PNG."
     from matplotlib import pyplot
-    from soflow_edu.config import canvas
     from soflow_edu.toys import plot_points
     figure, ax = canvas()
     plot_points(ax, x)
