@@ -274,7 +274,7 @@ def test_a_run_that_dies_while_saving_can_be_resumed(tmp_path, monkeypatch, brok
     for _ in range(10):
         next(steps)
     monkeypatch.setattr("soflow_edu.training.replacing", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="No space left"):
         for _ in steps:
             pass
     assert resume_run(tmp_path / "run").step == (10 if broken == "checkpoint.safetensors" else 20)

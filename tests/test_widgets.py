@@ -11,6 +11,7 @@ from soflow_edu import widgets
 from soflow_edu.config import COLOURS, MARKERS, InputError, load_config, make_config, read_yaml
 from soflow_edu.distributions import law_of
 from soflow_edu.guidance import GuidanceScale
+from soflow_edu.ladder import MACHINE
 from soflow_edu.odes import ExactFlow
 from soflow_edu.solution import rms
 
@@ -142,7 +143,7 @@ def test_film_is_what_its_command_says(name):
     film, config = widgets.load_film(name), make_config(read_yaml(widgets.load_film(name).about["config"]))
     assert film.frames.dtype == torch.float16 and film.steps[0] == 0 and film.steps[-1] == config.steps and len(film.steps) == len(film.frames) == len(film.error)
     assert f"record_film({name!r}, steps={config.steps}, seed={config.seed}, points={len(film.y)})" in film.about["command"]
-    free = {"data", "steps", "seconds", "seed", "warmup"}
+    free = {"data", "steps", "seconds", "seed", "warmup", *MACHINE}
     now = {key: value for key, value in asdict(load_config("plane")).items() if key not in free}
     assert {key: value for key, value in asdict(config).items() if key not in free} == now, f"the recipe has changed since this film: {film.about['command']}"
     x1 = torch.randn(1500, 2, generator=torch.Generator().manual_seed(config.seed + 1))[:len(film.y)]
