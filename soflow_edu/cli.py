@@ -147,7 +147,7 @@ def ladder():
     from soflow_edu.ladder import ladder_table
     print(ladder_table())
 
-# %% ../nbs/4_practice/02_command_line.ipynb #c8936349
+# %% ../nbs/4_practice/02_command_line.ipynb #4b8e7cd9
 def train(config: str, changes: tuple[str, ...] = (), /, out: str = "", resume: bool = False):
     """Train a configuration, on one process or on the many that torchrun or accelerate launch has started.
 
@@ -159,9 +159,9 @@ def train(config: str, changes: tuple[str, ...] = (), /, out: str = "", resume: 
     """
     from soflow_edu.ladder import changed, describe_run, train_run
     from soflow_edu.training import leave_processes
-    chosen = changed(load_config(config), changes)
-    run = train_run(chosen, out or f"runs/{Path(config).stem}", resume, bar=True)
-    describe_run(run, out or f"runs/{Path(config).stem}")
+    out = out or f"runs/{Path(config).stem}"
+    run = train_run(changed(load_config(config), changes), out, resume, bar=True)
+    describe_run(run, out)
     leave_processes()
 
 # %% ../nbs/4_practice/02_command_line.ipynb #a1f9eb21

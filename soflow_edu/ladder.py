@@ -24,7 +24,7 @@ from .odes import ExactFlow
 from .sampling import sample
 from .training import Run, assemble, generator_of, join_processes, load_run, processes, resume_run, train, trained
 
-# %% ../nbs/2_images/05_ladder.ipynb #acd6fed6
+# %% ../nbs/2_images/05_ladder.ipynb #ee1692b7
 def changed(config: Config,    # where to start
             changes,           # ("batch=64", "network.width=32", ...)
             ) -> Config:
@@ -35,7 +35,7 @@ def changed(config: Config,    # where to start
         if not mark or not key: raise InputError(f"{change!r} changes nothing. Write key=value, such as batch=64 or network.width=32.")
         value, (name, *options) = read_yaml(f"value: {value}")["value"], key.split(".")
         if not options: given[name] = value
-        elif len(options) > 1 or not hasattr(config, name): raise unknown("configuration key", key, [field for field in vars(config)])
+        elif len(options) > 1 or not hasattr(config, name): raise unknown("configuration key", key, vars(config))
         else: given[name] = as_options(given.get(name, getattr(config, name)), name) | {options[0]: value}
     return make_config(given, config)
 
@@ -46,7 +46,7 @@ def as_options(description, name: str) -> dict:
     if not isinstance(description, dict): raise InputError(f"{name} is {description!r}, which has no options. Only data, path, coefficients, network and objective have.")
     return description
 
-# %% ../nbs/2_images/05_ladder.ipynb #ab3dcd8b
+# %% ../nbs/2_images/05_ladder.ipynb #25060e0b
 def train_run(config: Config, out,        # folder for the run
               resume: bool = False,       # go on with the run in the folder, if there is one
               bar: bool = False, track=None,   # as for `train`
@@ -56,34 +56,33 @@ def train_run(config: Config, out,        # folder for the run
     if config.threads: torch.set_num_threads(config.threads)
     old = resume_run(out) if resume and (Path(out) / "checkpoint.safetensors").exists() else None
     if old: check_same(config, old.config, out)
-    data, (model, objective) = law_of(config.data), assemble(config)
-    if old: model = old.model
-    elif rank == 0: fresh_folder(out)
+    data, (model, objective) = law_of(config.data), (old.model, build("objective", config.objective)) if old else assemble(config)
+    if not old and rank == 0: fresh_folder(out)
     run = old
-    for step in train(model, objective, data, old.config if old else config, old, out=out, bar=bar, track=track): run = step.run
+    for step in train(model, objective, data, config, old, out=out, bar=bar, track=track): run = step.run
     return run
 
 # %% ../nbs/2_images/05_ladder.ipynb #4742b252
 MACHINE = ("device", "threads", "precision", "compile", "channels_last", "accumulate", "checkpoint_every", "log_every")   # fields that change how a run is computed
 
-# %% ../nbs/2_images/05_ladder.ipynb #8aacbabc
-def settings(config: Config) -> dict:   # "batch": 768, "network.width": 96, ...
-    "All settings that decide what a run learns, the options of a component by their own names."
+# %% ../nbs/2_images/05_ladder.ipynb #53502c30
+def settings(config: Config, ignored=MACHINE) -> dict:   # "batch": 768, "network.width": 96, ...
+    "All settings but those ignored, which only say how to compute; the options of a component by their own names."
     flat = {}
     for name, value in vars(config).items():
-        if name not in MACHINE: flat |= {f"{name}.{option}": given for option, given in value.items()} if isinstance(value, dict) else {name: value}
+        if name not in ignored: flat |= {f"{name}.{option}": given for option, given in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
-# %% ../nbs/2_images/05_ladder.ipynb #79945db9
-def differences(a: Config, b: Config) -> dict:   # name -> (value in a, value in b)
+# %% ../nbs/2_images/05_ladder.ipynb #07f25f84
+def differences(a: Config, b: Config, ignored=MACHINE) -> dict:   # name -> (value in a, value in b)
     "The settings in which two configurations differ."
-    a, b = settings(a), settings(b)
+    a, b = settings(a, ignored), settings(b, ignored)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
-# %% ../nbs/2_images/05_ladder.ipynb #2e60c31d
+# %% ../nbs/2_images/05_ladder.ipynb #9bfc26bd
 def check_same(given: Config, stored: Config, out):
     "Raises InputError if a run is to be resumed with other settings."
-    if wrong := differences(given, stored):
+    if wrong := differences(given, stored, ignored=()):
         raise InputError(f"{out} holds a run of other settings: {', '.join(f'{name} is {there!r} there and {here!r} here' for name, (here, there) in wrong.items())}. Resume it with its own settings ({out}/config.yaml), or choose another folder.")
 
 # %% ../nbs/2_images/05_ladder.ipynb #fd64b6b7
@@ -169,10 +168,12 @@ class Evaluation:
     table: str
     options: dict     # how it was measured: steps, count, features, against
 
-# %% ../nbs/2_images/05_ladder.ipynb #9ecc8b53
+# %% ../nbs/2_images/05_ladder.ipynb #25518288
 def evaluate_run(run: Run, against: str = "", steps: int = 1, count: int = 2000, features: str = "", sampler: str = "", seed: int = 0, device: str = "auto") -> Evaluation:
     "Judges a run: beside the exact flow of a toy, or beside held-out pictures of its data set or of another one. Raises InputError for what cannot be compared."
-    if shape_of(run) == (2,): return evaluate_map(run)
+    if shape_of(run) == (2,):
+        if against or features or sampler or steps != 1: raise InputError("This run is a map of the plane, which is compared with its exact flow in all numbers of steps. Leave out against, features, sampler and steps.")
+        return evaluate_map(run)
     data = law_of(against or run.config.data)
     made = list(sample_run(run, count, steps, sampler, seed, device=device))
     x, y = torch.cat([part for part, _ in made]).clamp(-1, 1), [labels for _, labels in made]
@@ -214,14 +215,14 @@ def with_lines(found: Evaluation) -> Evaluation:
     extra = [f"{name:12s}{value:10.4f}" for name, value in found.values.items() if value is not None and f"\n{name}" not in found.table]
     return replace(found, table="\n".join([found.table, *extra]))
 
-# %% ../nbs/2_images/05_ladder.ipynb #482c8291
+# %% ../nbs/2_images/05_ladder.ipynb #6b297996
 def describe_run(run: Run, out):
     "Prints what was trained, and how to go on; of several processes only the first."
     if processes()[0]: return
     rung, weights = rung_of(run.config), sum(p.numel() for p in run.model.parameters())
     print(f"\n{run.step:,} steps of {run.config.batch:,} samples in {run.seconds:,.1f} {'seconds' if run.config.minutes or run.config.device != 'cpu' else 'CPU seconds'}; {weights:,} weights.")
     if run.log: print(", ".join(f"{name} {value:.4g}" for name, value in run.log[-1].items() if name not in ("step", "seconds")))
-    if rung: print(f"The rung {rung.name} is meant for {rung.hardware}, {rung.minutes:g} minutes.")
+    if rung: print(f"The rung {rung.name} is meant for {rung.hardware}, {rung.minutes:g} minute{'s' * (rung.minutes != 1)}.")
     print(f"Written to {out}. Next: soflow sample {out} --grid samples.png, soflow evaluate {out}.")
 
 # %% ../nbs/2_images/05_ladder.ipynb #1e4f101a

@@ -5,7 +5,7 @@ __all__ = ['BINOMIAL', 'time_features', 'halved', 'doubled', 'full_precision', '
            'AttentionBlock', 'Stage', 'encoder_plan', 'decoder_plan', 'Embedding', 'check_settings', 'check_inputs',
            'UNet', 'multiply_adds']
 
-# %% ../nbs/2_images/02_unet.ipynb #72cc1761
+# %% ../nbs/2_images/02_unet.ipynb #1fc40c50
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .config import InputError, register
+from .digits import check_call
 
 # %% ../nbs/2_images/02_unet.ipynb #b06cf1c3
 def time_features(t: torch.Tensor,   # (B,) a time, in [0, 1]
@@ -181,20 +182,13 @@ def check_settings(size, channels, width, multipliers, blocks, attention, dropou
     if strange := sorted(set(attention) - set(sizes)): raise InputError(f"Attention was asked for at {strange} pixels, but this network works at {sizes} pixels. Choose among these, or give attention=().")
     if not 0 <= dropout < 1: raise InputError(f"dropout is {dropout}, but must be a share in [0, 1).")
 
-# %% ../nbs/2_images/02_unet.ipynb #d25f3f90
+# %% ../nbs/2_images/02_unet.ipynb #d3dd6944
 def check_inputs(net, x, t, d, y, augment):
     "Raises InputError for inputs that do not fit a network."
-    size, channels, told, B = net.options["size"], net.options["channels"], net.options["augment"], len(x)
-    if x.shape[1:] != (channels, size, size): raise InputError(f"This network takes pictures of shape (B, {channels}, {size}, {size}), but got {tuple(x.shape)}.")
-    for name, time in (("t", t), ("d = t - s", d)):
-        if time.shape != (B,): raise InputError(f"{name} has shape {tuple(time.shape)} for {B} pictures. Give one number for each.")
+    check_call(net, x, t, d, y)
+    told, B = net.options["augment"], len(x)
     if augment is not None and not told: raise InputError("Augmentation labels were given, but this network has none. Build it with augment=..., or leave them out.")
     if augment is not None and augment.shape != (B, told): raise InputError(f"Augmentation labels have shape {tuple(augment.shape)}, but ({B}, {told}) was expected: {told} numbers for each picture.")
-    if y is None: return
-    if not net.classes: raise InputError("Labels were given, but this network has no classes. Build it with classes=..., or leave the labels out.")
-    if y.shape != (B,) or y.is_floating_point(): raise InputError(f"Labels have shape {tuple(y.shape)} and type {y.dtype}, but {B} integers were expected, one for each picture.")
-    if not torch.compiler.is_compiling() and not ((y >= 0) & (y <= net.classes)).all():
-        raise InputError(f"Labels run from {y.min()} to {y.max()}, but this network knows the classes 0 to {net.classes - 1}, and {net.classes} for no label.")
 
 # %% ../nbs/2_images/02_unet.ipynb #d4638448
 @register("network", "unet")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from soflow_edu.config import InputError
+from soflow_edu.config import InputError, load_config
 from soflow_edu.consistency import SoFlow
 from soflow_edu.cost import StepTimes, bench_step, noise_for, restated_loss, restated_run, restated_step, step_config, step_table, write_times, written_out
 from soflow_edu.flow_matching import Batch
@@ -23,7 +23,7 @@ def awake(model):
 
 def test_the_published_settings():
     config = step_config("UNet", 4)
-    assert config.network == {"name": "unet"} and config.optimiser == "radam" and config.objective["lam"] == 0 and config.objective["p"] == 0.75
+    assert config.network == load_config("cifar10-published").network and config.network["width"] == 128 and config.optimiser == "radam" and config.objective["lam"] == 0 and config.objective["p"] == 0.75
     with pytest.raises(InputError, match="UNet"): step_config("Unet", 4)
     with pytest.raises(InputError, match="at least 1"): bench_step(SMALL, batch=0)
 

@@ -100,7 +100,7 @@ def test_accelerate_starts_the_same_loop(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(InputError, match="multiple"): make_config({"steps": 1, "batch": 10, "accumulate": 4})
-    assert [list(part) for part in zip(*[(shares(make_config({"steps": 1, "batch": 12, "accumulate": 3})))])] == [[range(0, 3)], [4]]
+    assert shares(make_config({"steps": 1, "batch": 12, "accumulate": 3})) == (range(3), 4)
 
 
 def test_bfloat16_computes_inside_and_answers_in_float32():
@@ -200,6 +200,8 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     done = program("soflow_edu", *words, "learning_rate=1e-4", *out, "--resume", folder=tmp_path)
     assert done.returncode == 2 and "learning_rate is 0.007 there and 0.0001 here" in " ".join(done.stderr.split())
+    done = program("soflow_edu", *words, "precision=bfloat16", *out, "--resume", folder=tmp_path)           # it would be ignored, so it is refused
+    assert done.returncode == 2 and "precision is 'float32' there" in " ".join(done.stderr.split())
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
@@ -243,3 +245,10 @@ def test_every_rung_can_be_read():
     assert set(list(found)[:2]) == {"plane", "digits"} and list(found)[-1] == "cifar10-published" and all(rung.minutes > 0 and rung.hardware for rung in found.values())
     assert all(e.low < e.high and e.source in ("measured", "published", "estimated") for rung in found.values() for e in rung.expected)
     assert found["plane"].config == load_config("plane")
+
+
+def test_options_that_a_map_of_the_plane_has_no_use_for_are_refused(tmp_path):
+    from soflow_edu.ladder import evaluate_run, train_run
+    run = train_run(make_config({"steps": 2, "batch": 8}), tmp_path / "run")
+    for option in ({"steps": 4}, {"against": "digits"}, {"features": "digits"}, {"sampler": "jump"}):
+        with pytest.raises(InputError, match="Leave out"): evaluate_run(run, **option)
