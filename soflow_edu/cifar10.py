@@ -5,7 +5,8 @@ __all__ = ['SIZE', 'CLASSES', 'COLUMNS', 'HUB', 'SCENES', 'disc', 'ring', 'box',
            'rendered_table', 'decode', 'read_table', 'check_rows', 'named', 'listed', 'library', 'table_of',
            'parquet_files', 'parquet_tables', 'hub_or_cache', 'hub_tables', 'rendered_tables', 'find_tables', 'Warps',
            'draw_warps', 'doubling', 'resample', 'warp', 'augment', 'AugmentedPictures', 'cifar10', 'RandomFilters',
-           'distance_maps', 'show_distances', 'export_weights', 'weights_file', 'read_card', 'load_weights']
+           'distance_maps', 'show_distances', 'export_weights', 'kept_file', 'weights_file', 'read_card',
+           'load_weights']
 
 # %% ../nbs/2_images/04_cifar10.ipynb #cdb6c83b
 import hashlib
@@ -309,7 +310,7 @@ def cifar10(source: str = "auto",        # "auto", "root" (parquet in the data r
     name, words, features = ("rendered scenes", tuple(SCENES), "random_filters") if drawn else ("cifar10", CLASSES, "resnet56")
     return AugmentedPictures(name, x.contiguous(), y, test.contiguous(), test_y, words, features, augment=augment, flip=flip)
 
-# %% ../nbs/2_images/04_cifar10.ipynb #96e320db
+# %% ../nbs/2_images/04_cifar10.ipynb #51384a07
 @register("features", "random_filters")
 class RandomFilters(nn.Module):
     "Sixty-four averages of random filters over colour pictures (B, 3, H, W) in [-1, 1]."
@@ -319,7 +320,7 @@ class RandomFilters(nn.Module):
         for p in self.parameters(): p.data = torch.randn(p.shape, generator=g) * (2 / p[0].numel())**0.5 if p.ndim > 1 else torch.randn(p.shape, generator=g) / 4
         self.requires_grad_(False)
 
-    def forward(self, x): return 10 * self.second(self.first(colours(x)).relu()).relu().mean((2, 3))   # (B, 64)
+    def forward(self, x): return 10 * self.second(self.first(colours(x)).relu()).relu().mean((2, 3))   # (B, 64); the factor brings the distances near those of other features
 
 # %% ../nbs/2_images/04_cifar10.ipynb #e9d6f0ad
 @register("metric", "distance_maps")
@@ -365,14 +366,20 @@ def export_weights(run,                  # folder of a run
         with replacing(target) as temporary: temporary.write_bytes(data)
     return path
 
-# %% ../nbs/2_images/04_cifar10.ipynb #b74816ce
-def weights_file(name) -> Path:   # a name such as "cifar10-soflow", or the path of a .safetensors file
-    "The file of named weights. Raises InputError if it is in none of the usual places."
-    if Path(name).suffix == ".safetensors": places = [Path(name)]
-    else: places = [folder / "runs" / f"{name}.safetensors" for folder in (data_root(), Path(import_module("soflow_edu").__file__).parent.parent / "data")]
+# %% ../nbs/2_images/04_cifar10.ipynb #adca0ad3
+def kept_file(name: str) -> Path:   # such as "cifar10-soflow.safetensors"
+    "A file that this project keeps: in the folder runs of the data root, or in data/runs of a clone. Raises InputError if it is in neither."
+    places = [folder / "runs" / name for folder in (data_root(), Path(import_module("soflow_edu").__file__).parent.parent / "data")]
     found = [path for path in places if path.is_file()]
-    if not found: raise InputError(f"The weights {name} were not found, neither in the folder runs of the data root nor in data/runs of a clone of the course. Train them (soflow train cifar10-laptop), or clone the whole course.")
+    if not found: raise InputError(f"{name} was not found, neither in the folder runs of the data root nor in data/runs of a clone of the course. Train a model yourself (soflow train cifar10-laptop), or clone the whole course.")
     return found[0]
+
+# %% ../nbs/2_images/04_cifar10.ipynb #c6bc402c
+def weights_file(name) -> Path:   # a name such as "cifar10-soflow", or the path of a .safetensors file
+    "The file of named weights. Raises InputError if it is missing."
+    if Path(name).suffix != ".safetensors": return kept_file(f"{name}.safetensors")
+    if not Path(name).is_file(): raise InputError(f"{name} is missing, but a file of weights was expected. Check the name.")
+    return Path(name)
 
 # %% ../nbs/2_images/04_cifar10.ipynb #4837640c
 def read_card(name) -> dict:

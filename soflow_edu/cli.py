@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'learn', 'demo', 'write_results', 'version', 'study', 'check_json', 'run_study', 'bench_step',
            'diagnose', 'ladder', 'train', 'sample', 'evaluate', 'import_published', 'parity', 'course_build',
-           'course_grade', 'listed', 'main', 'leave']
+           'course_grade', 'stand_in', 'main', 'leave']
 
 # %% ../nbs/4_practice/02_command_line.ipynb #238488fe
 import json
@@ -110,7 +110,7 @@ def run_study(name: str, datasets, settings, seconds: float, steps: int | None, 
         print(f"{number:3d} of {len(todo)}: {row['dataset']}, {row['setting']}, seed {row['seed']}: relative error {row['relative_rmse'][0]:.4f} in one step after {row['steps_done']:,} steps, {row['train_seconds']:.1f} CPU s", flush=True)
     print(f"\n{bench_table(rows)}\n\nWritten to {path}.")
 
-# %% ../nbs/4_practice/02_command_line.ipynb #2a7a68ae
+# %% ../nbs/4_practice/02_command_line.ipynb #d7b890de
 def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: int = 2, compile: bool = True, channels_last: bool = False, json: str = ""):
     """Measure a training step beside a literal re-statement of the published one, taken in turns.
 
@@ -124,6 +124,7 @@ def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: i
         json: A file for the numbers.
     """
     check_json(json)
+    if not 1 <= threads <= 4096: raise InputError(f"--threads is {threads}, but must lie between 1 and 4096.")
     import torch
     from soflow_edu.cost import bench_step as measure, step_table, write_times
     torch.set_num_threads(threads)
@@ -182,32 +183,34 @@ def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: s
     from soflow_edu.ladder import write_samples
     write_samples(run, count, steps, sampler, seed, device, grid, npz)
 
-# %% ../nbs/4_practice/02_command_line.ipynb #ef263153
-def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 2000, features: str = "", sampler: str = "", seed: int = 0, device: str = "auto", json: str = ""):
+# %% ../nbs/4_practice/02_command_line.ipynb #3d441443
+def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 2000, features: str = "", part: str = "test", sampler: str = "", seed: int = 0, device: str = "auto", json: str = ""):
     """Judge a run or a file of samples, and compare the numbers with what is expected.
 
     Args:
         source: Folder of a run, or an .npz file of pictures.
-        against: Data set whose held-out pictures are the measure; that of the run if not given.
+        against: Data set whose pictures are the measure; that of the run if not given.
         steps: Steps of the sampler.
         count: Number of samples.
         features: What judges the pictures: inception, resnet56, digits; that of the data set if not given.
+        part: test, the held-out pictures, or train, as published FIDs have it.
         sampler: renoise or jump; what suits the run if not given.
         seed: The same seed gives the same samples.
         device: Where to compute: auto, cpu, cuda, ...
         json: A file for the numbers.
     """
+    check_json(json)
     from soflow_edu.ladder import evaluate_source
-    evaluate_source(source, against, steps, count, features, sampler, seed, device, json)
+    evaluate_source(source, against, steps, count, features, part, sampler, seed, device, json)
 
-# %% ../nbs/4_practice/02_command_line.ipynb #0b085834
+# %% ../nbs/4_practice/02_command_line.ipynb #7c95d9af
 def import_published(checkpoint: str, /, config: str, out: str):
     """Make a run of a published checkpoint, tensor by tensor.
 
     Args:
         checkpoint: The published torch file.
         config: The published YAML file that belongs to it.
-        out: Folder for the run, which must not hold one.
+        out: Folder for the run. An earlier run there is kept as OUT-1, OUT-2, ...
     """
     from soflow_edu.published import import_published as read
     print(f"Written to {read(checkpoint, config, out)}.")
@@ -255,23 +258,24 @@ COMMANDS = {"demo": demo, "train": train, "sample": sample, "evaluate": evaluate
             "diagnose": diagnose, "course": {"build": course_build, "grade": course_grade}, "version": version}
 GROUPS = {"bench": "Measure: the studies of the course, and a training step.", "course": "Build assignments and mark submissions."}   # what `soflow --help` says of a group
 
-# %% ../nbs/4_practice/02_command_line.ipynb #1c86578a
-def listed(name: str):   # of a group
+# %% ../nbs/4_practice/02_command_line.ipynb #89221560
+def stand_in(name: str):   # of a group
     "A stand-in under which a group of commands appears in the list of commands."
     def group(): pass
     group.__doc__ = GROUPS[name]
     return group
 
-# %% ../nbs/4_practice/02_command_line.ipynb #d6ce30cb
+# %% ../nbs/4_practice/02_command_line.ipynb #6976b6ca
 def main(arguments: list | None = None):   # those of the process if not given
     "The program `soflow`. Leaves with status 2 on bad input."
     import tyro
     words, commands, prog = list(sys.argv[1:] if arguments is None else arguments), COMMANDS, "soflow"
     while words and isinstance(commands.get(words[0]), dict): commands, prog, words = commands[words[0]], f"{prog} {words[0]}", words[1:]
-    commands = {name: listed(name) if isinstance(command, dict) else command for name, command in commands.items()}
+    commands = {name: stand_in(name) if isinstance(command, dict) else command for name, command in commands.items()}
     description = GROUPS.get(prog.split()[-1], "One-step generative modelling by solution functions.")
     try: tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=words)
     except InputError as error: leave(error)
+    except BrokenPipeError: sys.stdout = None                   # whoever read the output has closed it, as `head` does
     except OSError as error: leave(InputError(f"{error.strerror}: {error.filename}. Nothing that was complete is lost; choose another place with --out, or make room."))
     except KeyboardInterrupt as stopped:                        # training says where the run was saved
         if str(stopped): print(f"soflow: {stopped}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'RANGES', 'DECAYS', 'OPTIMISERS', 'PRECISIONS', 'LENGTHS', 'COLOURS', 'MARKERS', 'InputError', 'unknown',
-           'register', 'names', 'find', 'build', 'describe', 'Config', 'check_config', 'read_yaml', 'read_text',
-           'make_config', 'to_yaml', 'load_config', 'shipped_configs', 'replacing', 'fresh_folder', 'data_root',
-           'choose_device', 'choose_precision', 'canvas', 'show']
+           'register', 'names', 'find', 'fits', 'check_options', 'check_least', 'build', 'describe', 'Config',
+           'check_config', 'read_yaml', 'read_text', 'make_config', 'to_yaml', 'load_config', 'shipped_configs',
+           'replacing', 'fresh_folder', 'data_root', 'choose_device', 'choose_precision', 'canvas', 'show']
 
-# %% ../nbs/0_start/01_config.ipynb #bf1ab41c
+# %% ../nbs/0_start/01_config.ipynb #9193b118
 import difflib
 import os
 import tempfile
@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import get_type_hints
+from types import UnionType
+from typing import get_args, get_type_hints
 
 # %% ../nbs/0_start/01_config.ipynb #eb6d935b
 class InputError(ValueError):
@@ -32,7 +33,7 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #23dfcb78
+# %% ../nbs/0_start/01_config.ipynb #5cd97d03
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
@@ -41,7 +42,7 @@ CATALOGUE = {
     "pictures": {"digits": "digits", "cifar10": "cifar10"},
     "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
-                  "shortcut": "objectives", "reflow": "objectives", "regression": "objectives"},
+                  "shortcut": "objectives", "staged": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
     "metric": {"one_step": "comparing", "transport": "comparing", "properties": "comparing", "triangle": "comparing",
                "evaluations": "comparing", "trajectories": "comparing", "distance_maps": "cifar10"},
@@ -81,12 +82,39 @@ def find(kind: str, name: str):
         import_module(f"soflow_edu.{CATALOGUE[kind][name]}")
     return _registered[kind, name]
 
-# %% ../nbs/0_start/01_config.ipynb #3c4bf2d0
+# %% ../nbs/0_start/01_config.ipynb #ad221953
+def fits(value, kind) -> bool:
+    "Whether a value has the plain type that an annotation asks for; anything fits an annotation that asks for none."
+    if isinstance(kind, UnionType): return any(fits(value, one) for one in get_args(kind))
+    if kind is float: kind = (int, float)
+    return kind not in (int, (int, float), bool, str, tuple, dict, type(None)) or isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+# %% ../nbs/0_start/01_config.ipynb #48e39acf
+def check_options(what: str, builder, options: dict):
+    "Raises InputError for options that are unknown, missing, or of another type than their annotation."
+    known = signature(builder).parameters
+    for key, value in options.items():
+        if key not in known: raise unknown(f"option of the {what}", key, known)
+        kind, default = known[key].annotation, known[key].default
+        if fits(value, kind) or value is default: continue
+        plain = lambda part: list(part) if isinstance(part, tuple) else part                          # as a YAML file has it
+        example = f", such as {plain(default)!r}" if default not in (None, known[key].empty) else ""
+        raise InputError(f"The {what} cannot be built: {key} is {plain(value)!r}, but must be {'list' if kind is tuple else getattr(kind, '__name__', kind)}{example}.")
+    try: signature(builder).bind(**options)
+    except TypeError as error: raise InputError(f"The {what} cannot be built: {error}. Its options are: {', '.join(known)}.") from None
+
+# %% ../nbs/0_start/01_config.ipynb #a165b715
+def check_least(what: str, given: dict):   # {name: (value, smallest that is allowed)}
+    "Raises InputError for a setting that is too small."
+    for name, (value, least) in given.items():
+        if value < least: raise InputError(f"{what} was asked for in which {name} is {value}, but it must be at least {least}.")
+
+# %% ../nbs/0_start/01_config.ipynb #30a14283
 def build(kind: str,      # a key of CATALOGUE
           description,    # a name, a dictionary {"name": ..., option: value}, or an object, which is returned as it is
           **options,      # further options, which win over those of the description
           ):
-    "The object that a description names. Raises InputError for an unknown name, or an option that is unknown or missing."
+    "The object that a description names. Raises InputError for an unknown name, or an option that is unknown, missing or of the wrong type."
     if isinstance(description, str): description = {"name": description}
     if description is None or not isinstance(description, dict) and options: raise InputError(f"A {kind} was given as {description!r} with the options {options}. Give a name, or a dictionary with 'name' and its options.")
     if not isinstance(description, dict): return description
@@ -94,10 +122,7 @@ def build(kind: str,      # a key of CATALOGUE
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in (description | options).items() if key != "name"}
     builder, name = find(kind, description["name"]), f"{kind} {description['name']}"
     if not callable(builder): raise InputError(f"The {name} is no recipe but an object. Look it up with find({kind!r}, {description['name']!r}).")
-    for key in options:
-        if key not in signature(builder).parameters: raise unknown(f"option of the {name}", key, signature(builder).parameters)
-    try: signature(builder).bind(**options)
-    except TypeError as error: raise InputError(f"The {name} cannot be built: {error}. Its options are: {', '.join(signature(builder).parameters)}.") from None
+    check_options(name, builder, options)
     return builder(**options)
 
 # %% ../nbs/0_start/01_config.ipynb #7aa2b9da

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['waves', 'MLP', 'Batch', 'Draws', 'Loss', 'noise_like', 'mse', 'adaptive_weight', 'FlowMatching']
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #f1128874
+# %% ../nbs/1_plane/05_flow_matching.ipynb #7ef08bb4
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .config import InputError, build, register
+from .config import InputError, build, check_least, register
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #6cd5bb11
 def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) -> (B, D + 2 D count)
@@ -18,16 +18,17 @@ def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) 
     angles = (z[:, :, None] * base * torch.arange(1, count + 1, dtype=z.dtype, device=z.device)).flatten(1)
     return torch.cat([z, angles.sin(), angles.cos()], 1)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #88e726a4
+# %% ../nbs/1_plane/05_flow_matching.ipynb #dd465189
 @register("network", "mlp")
 class MLP(nn.Module):
-    "A residual network for points: features of x, t and d = t - s; hidden layers scaled by features of the times; optional classes."
+    "A residual network for points: features of x, t and d = t - s; hidden layers scaled by features of the times; optional classes. Raises InputError for settings or inputs that do not fit."
     def __init__(self, dim: int = 2, width: int = 80, depth: int = 4,
                  x_waves: int = 4, x_base: float = 1.0,     # frequencies k x_base of each coordinate
                  t_waves: int = 4,                          # frequencies k pi of t and of d
                  classes: int = 0):                         # number of classes; label `classes` means none
         super().__init__()
         self.options = {"dim": dim, "width": width, "depth": depth, "x_waves": x_waves, "x_base": x_base, "t_waves": t_waves, "classes": classes}
+        check_least("A network", {"dim": (dim, 1), "width": (width, 1), "depth": (depth, 2), "x_waves": (x_waves, 0), "t_waves": (t_waves, 0), "classes": (classes, 0)})
         self.classes, times = classes, 2 * (1 + 2 * t_waves)
         self.inlet = nn.Linear(dim * (1 + 2 * x_waves) + times, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))

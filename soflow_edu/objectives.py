@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ahead', 'pair', 'SMALL', 'imagenet', 'OBJECTIVES', 'STEPS', 'KEY', 'RECIPE', 'derivative_along', 'MeanFlow',
-           'ConsistencyTraining', 'Shortcut', 'Trajectories', 'without_labels', 'Reflow', 'Regression', 'Setting',
-           'exponential', 'EulerMap', 'prepare', 'quiet', 'peak_memory', 'run_setting', 'held_out', 'mean_over',
-           'judge', 'Job', 'jobs', 'one_thread', 'bench', 'as_key', 'read_rows', 'of_seeds', 'table_line',
+           'ConsistencyTraining', 'Shortcut', 'Staged', 'Trajectories', 'without_labels', 'Reflow', 'Regression',
+           'Setting', 'exponential', 'EulerMap', 'prepare', 'quiet', 'peak_memory', 'run_setting', 'held_out',
+           'mean_over', 'judge', 'Job', 'jobs', 'one_thread', 'bench', 'as_key', 'read_rows', 'of_seeds', 'table_line',
            'bench_table', 'recipe']
 
 # %% ../nbs/1_plane/11_objectives.ipynb #812a4da5
@@ -82,6 +82,27 @@ class Shortcut(Semigroup):
         fm = uniform(n, generator).clamp(min=1 / self.finest)
         shortest = torch.where(uniform(n, generator) < 0.5, fm, fm - 1 / self.finest)                     # half of them as a jump
         return Draws(noise_like(batch.x0, generator), torch.cat([fm, s + d]), torch.cat([shortest, s]), torch.cat([fm, s + d / 2]), regressed=n, dropped=hidden(self.target, batch, generator))
+
+# %% ../nbs/1_plane/11_objectives.ipynb #d3f3834a
+@register("objective", "staged")
+@dataclass
+class Staged:
+    "One objective after another in the same run. Raises InputError unless both stages have a share."
+    until: float = 0.5              # share of the steps that belongs to the first
+    first: object = "flow_matching"
+    then: object = "soflow"
+    def __post_init__(self):
+        if not 0 < self.until < 1: raise InputError(f"until is {self.until}, but must lie between 0 and 1, so that both stages have steps. For a single objective name it alone.")
+        self.first, self.then = build("objective", self.first), build("objective", self.then)
+    def at(self, progress: float) -> tuple:   # an objective and its own progress
+        if progress < self.until: return self.first, progress / self.until
+        return self.then, (progress - self.until) / (1 - self.until)
+    def draw(self, batch: Batch, progress: float, generator) -> Draws:
+        stage, own = self.at(progress)
+        return stage.draw(batch, own, generator)
+    def loss(self, model, batch: Batch, draws: Draws, progress: float) -> Loss:
+        stage, own = self.at(progress)
+        return stage.loss(model, batch, draws, own)
 
 # %% ../nbs/1_plane/11_objectives.ipynb #5ef1fc13
 class Trajectories:

@@ -87,15 +87,15 @@ def objective_of(content: dict) -> dict:
     build("objective", objective)       # refuses what is out of range
     return objective
 
-# %% ../nbs/3_imagenet/04_published.ipynb #96e8daa3
+# %% ../nbs/3_imagenet/04_published.ipynb #e5583aa8
 def data_of(content: dict):
     "The description of the data. Raises InputError if the file names other data than its network was published for."
     unet, kind, shape = content["model_type"] == "UNet", str(content.get("dataset_type") or ""), content.get("data_size")
-    if any(word in kind.lower() for word in (("imagenet", "latent") if unet else ("cifar",))): raise InputError(f"dataset_type is {kind!r}, but {content['model_type']} was published for {'CIFAR-10' if unet else 'latents of ImageNet'}.")
-    if isinstance(shape, list) and shape != ([3, 32, 32] if unet else [4, 32, 32]): raise InputError(f"data_size is {shape}, but {content['model_type']} was published for {'3x32x32 pictures' if unet else '4x32x32 latents'}.")
-    return "cifar10" if unet else {"name": "latents"} | ({"path": content["dataset_path"]} if content.get("dataset_path") else {})
+    if kind and not any(word in kind.lower() for word in (("cifar",) if unet else ("imagenet", "latent"))): raise InputError(f"dataset_type is {kind!r}, but {content['model_type']} was published for {'CIFAR-10' if unet else 'latents of ImageNet'}.")
+    if shape is not None and shape != ([3, 32, 32] if unet else [4, 32, 32]): raise InputError(f"data_size is {shape}, but {content['model_type']} was published for {'3x32x32 pictures' if unet else '4x32x32 latents'}.")
+    return {"name": "cifar10", "augment": 0.12} if unet else {"name": "latents"} | ({"path": content["dataset_path"]} if content.get("dataset_path") else {})
 
-# %% ../nbs/3_imagenet/04_published.ipynb #d252a5df
+# %% ../nbs/3_imagenet/04_published.ipynb #b0cd8ab0
 @register("reader", "published")
 def read_published(content: dict) -> Config:   # a published YAML file, as read_yaml gives it
     "The Config of a published YAML file. Raises InputError for a key that is unknown or missing, and for any value that is not understood."
@@ -103,11 +103,12 @@ def read_published(content: dict) -> Config:   # a published YAML file, as read_
     guided = content.get("cfg_scale") is not None and number(content, "cfg_scale", 0) != 1
     needed = [*NEEDED, *["l_init_ratio"] * (content.get("l_schedule") != "Const"), *["mix_ratio", "cfg_drop_rate", "cfg_decay_time"] * guided]
     if lacking := [key for key in needed if content.get(key) is None]: raise InputError(f"The published configuration lacks {', '.join(lacking)}. Take the whole file.")
+    if idle := [key for key in UNUSED if key in content]: print(f"Not used here: {', '.join(idle)}.")
     network = choice(content, "model_type", NETWORKS)
     optional = {name: whole(content, key, low) for name, key, low in (("seed", "seed", 0), ("checkpoint_every", "ckpt_saving_steps", 1), ("log_every", "logging_steps", 1)) if content.get(key) is not None}
     optimiser = choice(content, "optimizer", OPTIMISERS) if content.get("optimizer") else "radam" if network["name"] == "unet" else "adamw"
     return Config(data=data_of(content), path=choice(content, "noising_type", PATHS), coefficients=choice(content, "coefficient_type", COEFFICIENTS), network=dict(network), objective=objective_of(content),
-                  steps=whole(content, "total_steps", 1), seconds=None, batch=whole(content, "batch_size", 1), optimiser=optimiser, learning_rate=number(content, "learning_rate", 0), warmup=0, decay="constant",
+                  steps=whole(content, "total_steps", 1), seconds=None, batch=whole(content, "batch_size", 1), device="auto", optimiser=optimiser, learning_rate=number(content, "learning_rate", 0), warmup=0, decay="constant",
                   betas=several(content, "betas", 2), weight_decay=number(content, "weight_decay", 0) if content.get("weight_decay") is not None else 0.0, ema=number(content, "ema_decay_rate", 0), **optional)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7
@@ -150,14 +151,14 @@ def misfits(given: dict, own: dict) -> list:   # tensors by name
         elif not given[name].isfinite().all(): wrong.append(f"{name} is not finite")
     return sorted(wrong)
 
-# %% ../nbs/3_imagenet/04_published.ipynb #00f86924
+# %% ../nbs/3_imagenet/04_published.ipynb #14db527f
 def averaged(content: dict, network, path) -> dict:   # of read_checkpoint; description; where it comes from
     "The averaged tensors of a checkpoint under our names. Raises InputError that lists all that does not fit the network."
     tensors, own = content["ema_model"], expected(network)
     if not isinstance(tensors, dict) or not all(torch.is_tensor(value) for value in tensors.values()): raise InputError(f"{path}: ema_model holds something else than tensors by name, so it is no published checkpoint.")
     given = {own_name(str(name)): value for name, value in tensors.items()}
     if len(given) < len(tensors): raise InputError(f"{path}: two tensors of ema_model have the same name without their prefixes.")
-    if wrong := misfits(given, own): raise InputError(f"{path} does not fit the network {in_words(network)} of its configuration, in {len(wrong)} of {len(own.keys() | given.keys())} tensors: {'; '.join(wrong)}.")
+    if wrong := misfits(given, own): raise InputError(f"{path} does not fit the network {in_words(network)} of its configuration, in {len(wrong)} of {len(own.keys() | given.keys())} tensors: {'; '.join(wrong[:10])}{f'; and {len(wrong) - 10} more' if len(wrong) > 10 else ''}.")
     return {name: value.to(own[name].dtype) for name, value in given.items()}
 
 # %% ../nbs/3_imagenet/04_published.ipynb #348c6770

@@ -5,7 +5,7 @@ __all__ = ['BINOMIAL', 'time_features', 'halved', 'doubled', 'full_precision', '
            'AttentionBlock', 'Stage', 'encoder_plan', 'decoder_plan', 'Embedding', 'check_settings', 'check_inputs',
            'UNet', 'multiply_adds']
 
-# %% ../nbs/2_images/02_unet.ipynb #1fc40c50
+# %% ../nbs/2_images/02_unet.ipynb #3c884ada
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .config import InputError, register
+from .config import InputError, check_least, register
 from .digits import check_call
 
 # %% ../nbs/2_images/02_unet.ipynb #b06cf1c3
@@ -168,13 +168,11 @@ class Embedding(nn.Module):
             if self.classes: e = e + self.map_label(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
             return functional.silu(self.map_layer1(functional.silu(self.map_layer0(e))))
 
-# %% ../nbs/2_images/02_unet.ipynb #a0bae6cc
+# %% ../nbs/2_images/02_unet.ipynb #ebe0b5bd
 def check_settings(size, channels, width, multipliers, blocks, attention, dropout, augment, classes, patch):
     "Raises InputError for a network that cannot be built."
-    least = {"channels": (channels, 1), "width": (width, 4), "blocks": (blocks, 1), "patch": (patch, 1), "the number of multipliers": (len(multipliers), 1),
-             "the smallest multiplier": (min(multipliers, default=1), 1), "augment": (augment, 0), "classes": (classes, 0)}
-    for name, (given, allowed) in least.items():
-        if given < allowed: raise InputError(f"A U-Net was asked for in which {name} is {given}, but it must be at least {allowed}.")
+    check_least("A U-Net", {"channels": (channels, 1), "width": (width, 4), "blocks": (blocks, 1), "patch": (patch, 1), "the number of multipliers": (len(multipliers), 1),
+             "the smallest multiplier": (min(multipliers, default=1), 1), "augment": (augment, 0), "classes": (classes, 0)})
     halvings = len(multipliers) - 1
     if size < 1 or size % (patch * 2**halvings):
         raise InputError(f"A picture of {size} pixels cannot be cut into patches of {patch} and then halved {halvings} times. Take a size that is a multiple of {patch * 2**halvings}, fewer multipliers, or another patch.")
@@ -190,7 +188,7 @@ def check_inputs(net, x, t, d, y, augment):
     if augment is not None and not told: raise InputError("Augmentation labels were given, but this network has none. Build it with augment=..., or leave them out.")
     if augment is not None and augment.shape != (B, told): raise InputError(f"Augmentation labels have shape {tuple(augment.shape)}, but ({B}, {told}) was expected: {told} numbers for each picture.")
 
-# %% ../nbs/2_images/02_unet.ipynb #d4638448
+# %% ../nbs/2_images/02_unet.ipynb #8ea8a1d5
 @register("network", "unet")
 class UNet(Embedding):
     """The U-Net of the published CIFAR-10 run, whose settings are the defaults (method, section 6).
@@ -205,9 +203,9 @@ class UNet(Embedding):
                  augment: int = 6,                           # number of augmentation labels
                  classes: int = 0,                           # number of classes; label `classes` means none
                  patch: int = 1):                            # edge of the squares that are taken as one pixel
+        check_settings(size, channels, width, multipliers, blocks, attention, dropout, augment, classes, patch)
         options = {"size": size, "channels": channels, "width": width, "multipliers": list(multipliers), "blocks": blocks, "attention": list(attention),
                    "dropout": dropout, "augment": augment, "classes": classes, "patch": patch}
-        check_settings(**options)
         super().__init__(width, augment, classes)
         self.options = options
         inner, levels = f"{size // patch}x{size // patch}", [(size // patch >> i, m * width) for i, m in enumerate(multipliers)]

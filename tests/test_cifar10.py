@@ -506,7 +506,7 @@ def test_weights_go_and_come_back(run, tmp_path):
 def test_named_weights_are_found_in_the_data_root(run, root):
     export_weights(run[0], root / "runs" / "mine.safetensors")
     assert load_weights("mine").spec() == run[1].model.spec()
-    assert "mine2 were not found" in refused(load_weights, "mine2") and str(root) not in refused(load_weights, "mine2")
+    assert "mine2.safetensors was not found" in refused(load_weights, "mine2") and str(root) not in refused(load_weights, "mine2")
 
 
 def test_damaged_weights_are_refused(run, tmp_path):
@@ -549,4 +549,6 @@ def test_recipes_can_be_begun(name):
         assert objective.times.s == (-4.0, 1.6) and objective.times.t == (-0.9, 1.6) and config.learning_rate == 1e-4 and config.ema == 0.9999 and config.data["augment"] == 0.12
     if name == "cifar10-laptop":
         model, objective = assemble(config)
-        assert begin(model, objective, config).steps == 0 and config.minutes == 75
+        assert begin(model, objective, config).steps == 0 and config.seconds == 3600 and config.precision == "auto"
+        assert objective.at(0.1)[0].__class__.__name__ == "FlowMatching" and objective.at(0.9)[0].lam == 0.5
+        assert sum(p.numel() for p in model.parameters()) * 2 < 4e6                 # the weights that are kept, in float16

@@ -249,8 +249,8 @@ BAD = {
     "float in 0..1": (lambda x: x.permute(0, 3, 1, 2) / 255, "2 \\* x - 1"),
     "float in 0..255": (lambda x: x.permute(0, 3, 1, 2).float(), "give uint8"),
     "steps over the edge": (lambda x: x.permute(0, 3, 1, 2) / 127.5 - 1.1, "clamp"),
-    "NaN": (lambda x: (x.permute(0, 3, 1, 2) / 127.5 - 1).where(torch.arange(32) != 5, torch.nan), "not finite"),
-    "infinite": (lambda x: (x.permute(0, 3, 1, 2) / 127.5 - 1).where(torch.arange(32) != 5, torch.inf), "not finite"),
+    "NaN": (lambda x: (x.permute(0, 3, 1, 2) / 127.5 - 1).where(torch.arange(32) != 5, torch.nan), "NaN or infinite"),
+    "infinite": (lambda x: (x.permute(0, 3, 1, 2) / 127.5 - 1).where(torch.arange(32) != 5, torch.inf), "NaN or infinite"),
     "int64": (lambda x: x.long(), "int64"),
     "bool": (lambda x: x > 9, "bool"),
     "uint8 with channels first": (lambda x: x.permute(0, 3, 1, 2), "Permute"),
@@ -283,7 +283,7 @@ def test_other_bad_input_is_refused_in_words():
              ((x, normal(60, 5, 1), net), {}, "8 features and the data 5"), ((x, x, net), {"metrics": "frechett"}, "Did you mean 'frechet'"),
              ((x, x, net), {"resample": 3}, "Did you mean 'resamples'"), ((x, x, net), {"resamples": -1}, "resamples"), ((x, x, net), {"resamples": 1}, "resamples"),
              ((x, x, net), {"confidence": 95}, "confidence"), ((x, x, net), {"k": 0}, "k is 0"), ((x, x, net), {"device": "gpu"}, "device"),
-             ((x, x, lambda x: x), {}, r"\(60, D\)"), ((x, x, lambda x: x.mean((1, 2, 3))), {}, "expected"), ((x, x, lambda x: x.flatten(1) * torch.nan), {}, "not finite"),
+             ((x, x, lambda x: x), {}, r"\(60, D\)"), ((x, x, lambda x: x.mean((1, 2, 3))), {}, "expected"), ((x, x, lambda x: x.flatten(1) * torch.nan), {}, "NaN or infinite"),
              ((x[:7], x, net), {"metrics": "precision_recall"}, "at least 8"), ((x[:1], x, net), {"metrics": "kid"}, "at least two rows"),
              ((x[..., :1], x[..., :1], ResNet56()), {}, "colour")]
     for args, options, words in cases:
@@ -293,7 +293,7 @@ def test_other_bad_input_is_refused_in_words():
         frechet(normal(60, 4, 1), normal(60, 5, 1))
     with pytest.raises(InputError, match="4 and 5 features"):
         kid(normal(60, 4, 1), normal(60, 5, 1))
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="NaN or infinite"):
         frechet(normal(60, 4, 1) * torch.nan, normal(60, 4, 1))
 
 

@@ -106,7 +106,7 @@ def test_extra_inputs_reach_every_call_of_the_network(objective):
 GUIDED = {"name": "soflow", "lam": 0.5, "target": {"name": "guided", "w": 2.0, "m": 0.5}}
 
 
-@pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup", "meanflow", "shortcut", "consistency", {"name": "semigroup", "target": "batch", "jumps": 2}, GUIDED], ids=lambda o: o if isinstance(o, str) else f"{o['name']}-{len(o)}")
+@pytest.mark.parametrize("objective", ["flow_matching", "soflow", "semigroup", "meanflow", "shortcut", "staged", "consistency", {"name": "semigroup", "target": "batch", "jumps": 2}, GUIDED], ids=lambda o: o if isinstance(o, str) else f"{o['name']}-{len(o)}")
 def test_pictures_pass_through_all_verbs_unchanged(tmp_path, objective):
     pictures = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = FiniteSet(pictures, torch.arange(40) % 4)
@@ -373,6 +373,8 @@ BAD = [
     (lambda: FiniteSet(torch.full((3, 2), torch.nan)), "NaN"),
     (lambda: build("target", "exact"), "flow"),
     (lambda: build("objective", {"name": "semigroup", "velocity_weight": [1.0]}), "two positive numbers"),
+    (lambda: build("objective", {"name": "staged", "until": 1.0}), "must lie between 0 and 1"),
+    (lambda: build("objective", {"name": "staged", "then": "soflw"}), "soflow"),
     (lambda: build("times", {"name": "corner", "t1": 0.9, "s0": 0.9}), "sum of at most 1"),
     (lambda: compare(SolutionModel(build("network", "mlp")), ExactFlow(law_of("two_moons", 50), LinearPath()), metrics=("one_stp",)), "one_step"),
     (lambda: build("network", "mlp")(torch.zeros(2, 2), torch.ones(2), torch.ones(2), torch.zeros(2).long()), "classes"),

@@ -94,13 +94,13 @@ def test_published_settings():
     times = {"name": "logit_normal", "velocity": [-0.9, 1.6], "t": [-0.9, 1.6], "s": [-4.0, 1.6]}
     objective = {"name": "soflow", "lam": 0.0, "p": 0.75, "eps": 0.001, "times": times, "schedule": {"name": "exponential", "r_init": 1.0, "r_end": 1 / 3200}, "target": "conditional"}
     unet = read(CIFAR10)
-    assert unet == make_config({"data": "cifar10", "path": "linear", "coefficients": "euler", "network": {"name": "unet"}, "objective": objective, "steps": 800_000, "batch": 1024, "learning_rate": 1e-4, "warmup": 0,
+    assert unet == make_config({"data": {"name": "cifar10", "augment": 0.12}, "device": "auto", "path": "linear", "coefficients": "euler", "network": {"name": "unet"}, "objective": objective, "steps": 800_000, "batch": 1024, "learning_rate": 1e-4, "warmup": 0,
                                 "decay": "constant", "betas": [0.9, 0.999], "weight_decay": 0.0, "ema": 0.9999, "seed": 42, "checkpoint_every": 10_000, "optimiser": "radam", "log_every": 100})
     times = {"name": "logit_normal", "velocity": [-0.2, 1.0], "t": [0.2, 0.8], "s": [-1.0, 0.8]}
     objective = {"name": "soflow", "lam": 0.75, "p": 1.0, "eps": 0.01, "times": times, "schedule": {"name": "exponential", "r_init": 0.1, "r_end": 0.002},
                  "target": {"name": "guided", "w": 3.0, "m": 0.25, "decay": 0.8, "drop": 0.1}}
     dit = read(B4)
-    assert dit == make_config({"data": {"name": "latents", "path": "latents.hdf5"}, "network": {"name": "dit", "size": "B/4"}, "objective": objective, "steps": 400_000, "batch": 256, "learning_rate": 1e-4, "warmup": 0,
+    assert dit == make_config({"device": "auto", "data": {"name": "latents", "path": "latents.hdf5"}, "network": {"name": "dit", "size": "B/4"}, "objective": objective, "steps": 400_000, "batch": 256, "learning_rate": 1e-4, "warmup": 0,
                                "decay": "constant", "ema": 0.9999, "seed": 1, "optimiser": "adamw"})
     assert unet.seconds is None and make_config(read_yaml(to_yaml(dit))) == dit
 
