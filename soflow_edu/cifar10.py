@@ -69,18 +69,18 @@ def paint(hue, saturation, value):   # (n,) each, in [0, 1] -> (n, 3, 1, 1)
     k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6
     return (value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)))[:, :, None, None]
 
-# %% ../nbs/2_images/04_cifar10.ipynb #580c896f
+# %% ../nbs/2_images/04_cifar10.ipynb #bf5b2843
 def render(labels: torch.Tensor,        # (n,) numbers of SCENES
            generator: torch.Generator,
            ) -> torch.Tensor:           # uint8 (n, 32, 32, 3)
     "Scenes of the classes asked for, with random place, size, tilt, colours, horizon and light."
     between = lambda low, high: low + (high - low) * torch.rand(len(labels), generator=generator)
-    wide = lambda low, high: between(low, high)[:, None, None]
+    per_picture = lambda low, high: between(low, high)[:, None, None]
     y, x = torch.meshgrid(*2 * [torch.linspace(1 / SIZE - 1, 1 - 1 / SIZE, SIZE)], indexing="ij")      # y points down
     sky, ground = paint(between(0.5, 0.75), between(0.1, 0.6), between(0.6, 1)), paint(between(0.05, 0.4), between(0.2, 0.6), between(0.25, 0.6))
-    picture = torch.where((y > wide(-0.1, 0.5))[:, None], ground, sky - 0.15 * (y + 1))
-    size, tilt, mirror = wide(0.5, 0.8), wide(-0.2, 0.2), wide(-1, 1).sign()
-    u, v = (x - wide(-0.25, 0.25)) / size * mirror, (wide(-0.15, 0.25) - y) / size
+    picture = torch.where((y > per_picture(-0.1, 0.5))[:, None], ground, sky - 0.15 * (y + 1))
+    size, tilt, mirror = per_picture(0.5, 0.8), per_picture(-0.2, 0.2), per_picture(-1, 1).sign()
+    u, v = (x - per_picture(-0.25, 0.25)) / size * mirror, (per_picture(-0.15, 0.25) - y) / size
     u, v, hue = u * tilt.cos() - v * tilt.sin(), u * tilt.sin() + v * tilt.cos(), between(0, 1)
     paints = (paint(hue, between(0.6, 1), between(0.55, 1)), paint((hue + between(0.3, 0.7)) % 1, between(0.6, 1), between(0.55, 1)),
               paint(hue, between(0.3, 0.6), between(0.05, 0.2)), paint(hue, between(0, 0.1), between(0.9, 1)))
@@ -89,7 +89,7 @@ def render(labels: torch.Tensor,        # (n,) numbers of SCENES
         for distance, which in layers:
             cover = (0.5 - distance(u[own], v[own]) * size[own] * SIZE / 2).clamp(0, 1)[:, None]
             picture[own] = torch.lerp(picture[own], paints[which][own], cover)
-    light = 1 + wide(-0.2, 0.2) * x + wide(-0.2, 0.2) * y
+    light = 1 + per_picture(-0.2, 0.2) * x + per_picture(-0.2, 0.2) * y
     return (255 * picture * light[:, None] + 3 * torch.randn(picture.shape, generator=generator)).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 # %% ../nbs/2_images/04_cifar10.ipynb #7c5f62fc

@@ -246,9 +246,9 @@ def solution_loss(objective, model, rows: Rows, F, v, Fl) -> tuple:   # F, v, Fl
     error = difference_quotient(model, rows.xt, rows.t, rows.s, rows.l, v, F, Fl).pow(2).flatten(1).mean(1)
     return objective.weight(gap, model.coefficients.b(rows.t, rows.s)) * adaptive_weight(error, objective.p, objective.eps) * error, error * gap**2
 
-# %% ../nbs/1_plane/08_consistency.ipynb #6e9094c8
+# %% ../nbs/1_plane/08_consistency.ipynb #2b652d63
 def surrogate(Ft, q, b, p: float, eps: float):   # (B, ...), (B, ...), (B,) -> scalar
-    "The published surrogate of the consistency loss: half its gradient, and no honest value (method, section 2)."
+    "The published surrogate of the consistency loss: half its gradient, and no honest value (chapter published)."
     w = adaptive_weight(q.pow(2).flatten(1).mean(1), p, eps)
     return (expand(b.sign(), Ft) * Ft * (q * expand(w, q)).detach()).mean()
 

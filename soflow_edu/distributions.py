@@ -10,7 +10,7 @@ from .config import InputError, build, names, unknown
 from .paths import Path, expand
 from .toys import toy
 
-# %% ../nbs/1_plane/03_distributions.ipynb #e40758ac
+# %% ../nbs/1_plane/03_distributions.ipynb #65439911
 class Distribution:
     """A law of data with class labels whose posterior means are closed forms.
 
@@ -34,7 +34,7 @@ class Distribution:
         return u0 + w * (m0 - u0), -b * (score0 + w * (score - score0))
 
     def velocity(self, x, t, path: Path, y=None, w=1.0):   # w a number or (B,) -> (B, ...)
-        "The marginal velocity alpha' m0 + beta' m1, guided by w if labels are given (method, section 4)."
+        "The marginal velocity alpha' m0 + beta' m1, guided by w if labels are given."
         m0, m1 = self.guided_moments(x, t, path, y, w)
         t = expand(torch.as_tensor(t, dtype=x.dtype, device=x.device), x)
         return path.dalpha(t) * m0 + path.dbeta(t) * m1

@@ -84,14 +84,14 @@ def noise_like(x: torch.Tensor, generator: torch.Generator | None = None) -> tor
     "Standard normal noise, drawn where the generator lives."
     return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #7ae15f96
+# %% ../nbs/1_plane/05_flow_matching.ipynb #b58763f8
 def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:   # (B, ...), (B, ...) -> (B,)
-    "Mean square error of each sample (method, section 2)."
+    "Mean square error of each sample, over all its numbers."
     return (a - b).pow(2).flatten(1).mean(1)
 
-# %% ../nbs/1_plane/05_flow_matching.ipynb #a90355cc
+# %% ../nbs/1_plane/05_flow_matching.ipynb #e847d830
 def adaptive_weight(error: torch.Tensor, p: float, eps: float) -> torch.Tensor:   # (B,) -> (B,)
-    "1 / (error + eps)^p, without gradient (method, section 2)."
+    "1 / (error + eps)^p, without gradient: the adaptive weight of both losses (SoFlow, section 4)."
     return (error.detach() + eps) ** -p
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #5cbef314

@@ -12,10 +12,10 @@ from .config import InputError, build, register
 from .consistency import Rows
 from .paths import expand
 
-# %% ../nbs/1_plane/13_guidance.ipynb #14808a3b
+# %% ../nbs/1_plane/13_guidance.ipynb #403c4dd7
 @dataclass(frozen=True)
 class GuidanceScale:
-    "w(t) = 1 + kappa(t) (w - 1), where kappa falls from 1 at t = decay to 0 at t = 1 (method, section 4); decay = 1 is no decay."
+    "w(t) = 1 + kappa(t) (w - 1), where kappa falls from 1 at t = decay to 0 at t = 1 as in the published code; decay = 1 is no decay."
     w: float = 3.0
     decay: float = 0.8
 
@@ -29,11 +29,11 @@ class GuidanceScale:
 
     def __call__(self, t): return 1 + self.kappa(t) * (self.w - 1)   # (B,)
 
-# %% ../nbs/1_plane/13_guidance.ipynb #77977ef8
+# %% ../nbs/1_plane/13_guidance.ipynb #76bb50c0
 @register("target", "guided")
 @dataclass
 class Guided:
-    "Classifier-free guidance inside training (method, section 4). Raises InputError without labels, or for numbers outside their range."
+    "Classifier-free guidance inside training (SoFlow, section 4). Raises InputError without labels, or for numbers outside their range."
     w: float = 3.0                 # scale
     m: float = 0.25                # share of the data in the target, the rest is the model's own velocity
     decay: float = 0.8             # time from which kappa falls; 1 is no decay

@@ -270,7 +270,7 @@ def rung_of(config: Config, most: int = 4) -> Rung | None:
     best = min(near, key=apart, default=None)
     return best if best and apart(best) <= most else None
 
-# %% ../nbs/2_images/05_ladder.ipynb #50193a62
+# %% ../nbs/2_images/05_ladder.ipynb #0681d657
 def evidence(run: Run, rung: Rung, found: Evaluation, expected: Expected) -> list:   # sentences
     "What a run shows that could explain a number outside its band."
     causes, wrong = [], {name: values for name, values in differences(run.config, rung.config).items() if name not in ("seed", *LENGTHS)}
@@ -280,7 +280,7 @@ def evidence(run: Run, rung: Rung, found: Evaluation, expected: Expected) -> lis
     if "rendered" in found.options.get("against", ""): causes.append("It was judged beside rendered pictures, not beside those of the measured run. Set SOFLOW_DATA.")
     if found.options.get("count", 0) < expected.options.get("count", 0): causes.append(f"It was judged by {found.options['count']:,} samples instead of {expected.options['count']:,}: the Fréchet distance of few samples is too large.")
     if falling(run.log): causes.append("Its loss was still falling at the end. Give it more steps.")
-    if run.config.precision != "float32": causes.append(f"Its network computed in {run.config.precision}, whose rounding the difference quotient multiplies. Try precision=float32.")
+    if run.config.precision not in ("float32", rung.config.precision): causes.append(f"Its network computed in {run.config.precision}, whose rounding the difference quotient multiplies. Try precision=float32.")
     return causes
 
 # %% ../nbs/2_images/05_ladder.ipynb #bdb5669c

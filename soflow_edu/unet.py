@@ -188,10 +188,10 @@ def check_inputs(net, x, t, d, y, augment):
     if augment is not None and not told: raise InputError("Augmentation labels were given, but this network has none. Build it with augment=..., or leave them out.")
     if augment is not None and augment.shape != (B, told): raise InputError(f"Augmentation labels have shape {tuple(augment.shape)}, but ({B}, {told}) was expected: {told} numbers for each picture.")
 
-# %% ../nbs/2_images/02_unet.ipynb #8ea8a1d5
+# %% ../nbs/2_images/02_unet.ipynb #a9522426
 @register("network", "unet")
 class UNet(Embedding):
-    """The U-Net of the published CIFAR-10 run, whose settings are the defaults (method, section 6).
+    """The U-Net of the published CIFAR-10 run, whose settings are the defaults.
 
     Shapes: x (B, channels, size, size), t and d = t - s (B,), y (B,) long, augment (B, augment). Raises InputError for settings or inputs that do not fit."""
     def __init__(self, size: int = 32, channels: int = 3,    # of the pictures

@@ -19,8 +19,9 @@ from soflow_edu import cifar10 as chapter
 from soflow_edu.cifar10 import (CLASSES, SCENES, AugmentedPictures, RandomFilters, Warps, augment, cifar10, doubling, draw_warps, export_weights, load_weights, read_card,
                                 read_table, render, rendered_table, warp)
 from soflow_edu.comparing import compare
-from soflow_edu.config import Config, InputError, build, load_config
+from soflow_edu.config import Config, InputError, build, load_config, make_config, read_yaml
 from soflow_edu.digits import Pictures
+from soflow_edu.metrics import evaluate_samples, resnet56
 from soflow_edu.odes import OdeFlow
 from soflow_edu.training import assemble, begin, save_run, train
 from soflow_edu.unet import UNet
@@ -552,3 +553,29 @@ def test_recipes_can_be_begun(name):
         assert begin(model, objective, config).steps == 0 and config.seconds == 3600 and config.precision == "auto"
         assert objective.at(0.1)[0].__class__.__name__ == "FlowMatching" and objective.at(0.9)[0].lam == 0.5
         assert sum(p.numel() for p in model.parameters()) * 2 < 4e6                 # the weights that are kept, in float16
+
+
+def test_the_kept_runs_are_those_of_their_cards(monkeypatch):
+    "The committed pair: size, checksum, the same network, the scores of the card; where the photographs and the classifier can be read, the one-step score again."
+    monkeypatch.setattr("soflow_edu.cifar10.data_root", lambda: Path("nowhere"))           # those of the clone
+    models, cards = ({name: function(f"cifar10-{name}") for name in ("soflow", "flow_matching")} for function in (load_weights, read_card))
+    assert all(card["bytes"] <= 4_000_000 and card["seconds"] <= 2 * 75 * 60 and "soflow train cifar10-laptop" in card["command"] for card in cards.values())
+    assert cards["soflow"]["model"] == cards["flow_matching"]["model"] and cards["soflow"]["objective"]["name"] == "staged" and cards["flow_matching"]["objective"]["name"] == "flow_matching"
+    assert make_config(read_yaml(cards["soflow"]["config"])).objective == load_config("cifar10-laptop").objective
+    score = {(name, row["steps"]): sum(row["frechet"]) / len(row["frechet"]) for name, card in cards.items() for row in card["scores"]}
+    many = score["flow_matching", 50]
+    assert score["soflow", 1] <= 40 and score["soflow", 1] <= 1.6 * many and score["soflow", 4] <= 1.25 * many
+    x = models["soflow"](torch.randn(500, 3, 32, 32, generator=generator()), 1.0, 0.0)
+    assert x.isfinite().all() and 0.3 < x.std() < 0.7
+    root = Path(os.environ.get("SOFLOW_DATA", ""))
+    if "SOFLOW_DATA" in os.environ and (root / "cifar_resnet56" / "resnet56.npz").is_file() and any((root / "cifar10").glob("*.parquet")):
+        test = cifar10(str(root / "cifar10"), count=10).test
+        found = evaluate_samples(x.clamp(-1, 1), test, resnet56(root / "cifar_resnet56" / "resnet56.npz"), metrics="frechet", resamples=0).values["frechet"]
+        assert 0.85 * score["soflow", 1] < found < 1.4 * score["soflow", 1]                 # few samples: larger
+
+
+def test_the_tuning_is_kept():
+    rows = json.loads((Path(__file__).parent.parent / "data" / "runs" / "cifar10-tuning.json").read_text())
+    assert len({row["learning_rate"] for row in rows["rates"]}) >= 3 and all(row["seconds"] <= 450 and row["frechet"] < rows["scale"]["uniform noise"] for row in rows["rates"])
+    for points in rows["curves"].values():
+        assert len(points) >= 3 and points[-1]["frechet"] == min(p["frechet"] for p in points)
