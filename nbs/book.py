@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,15 +134,16 @@ def staleness(path: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------------- run
 def execute(path: Path) -> float:
-    "Executes a notebook in a fresh kernel, stores it with its outputs and digest, and returns the seconds it took."
+    "Executes a notebook in a fresh kernel, stores it with its outputs and digest, and returns the CPU seconds it took, which do not depend on what else the machine does."
     import nbformat
     from nbclient import NotebookClient
 
     notebook = read(path)
-    start = time.perf_counter()
+    spent = lambda: os.times().children_user + os.times().children_system
+    start = spent()
     client = NotebookClient(notebook, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.execute(stderr=subprocess.DEVNULL)   # the kernel's own log; errors of cells are raised here
-    seconds = time.perf_counter() - start
+    seconds = spent() - start
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
