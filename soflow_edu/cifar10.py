@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'CLASSES', 'COLUMNS', 'HUB', 'SCENES', 'disc', 'ring', 'box',
            'distance_maps', 'show_distances', 'export_weights', 'kept_file', 'weights_file', 'read_card',
            'load_weights']
 
-# %% ../nbs/2_images/04_cifar10.ipynb #cdb6c83b
+# %% ../nbs/2_images/04_cifar10.ipynb #1ecacea8
 import hashlib
 import io
 import json
@@ -30,7 +30,7 @@ from .config import InputError, build, canvas, data_root, read_text, register, r
 from .digits import Pictures, show_pictures
 from .metrics import colours
 from .solution import SolutionModel
-from .training import fit, load_run
+from .training import load_run
 
 # %% ../nbs/2_images/04_cifar10.ipynb #3433254f
 SIZE = 32   # pixels along an edge
@@ -347,19 +347,18 @@ def show_distances(report, most: float | None = None):   # a Report with distanc
     figure.colorbar(drawn, ax=ax, shrink=0.8, label="RMS distance")
     return figure
 
-# %% ../nbs/2_images/04_cifar10.ipynb #38dd1c83
+# %% ../nbs/2_images/04_cifar10.ipynb #03f135b5
 def export_weights(run,                  # folder of a run
                    path,                 # where to write NAME.safetensors; NAME.json is written beside it
                    command: str = "",    # the command that made the run
                    facts: dict | None = None,   # what else the card shall hold: hardware, scores
                    ) -> Path:
-    "Writes the averaged weights of a run in float16, with a card that holds their checksum and origin. Raises InputError if they do not fit into float16."
+    "Writes the averaged parameters of a run in float16, one after the other as the network on the card has them, with a card that holds their checksum and origin. Raises InputError if they do not fit into float16."
     from safetensors.torch import save
     run, path = load_run(run), Path(path)
     if path.suffix != ".safetensors": raise InputError(f"{path} does not end in .safetensors. Rename it.")
-    half = {name: value.half().contiguous() for name, value in run.ema.items()}
-    if wide := [name for name, value in half.items() if not value.isfinite().all()]: raise InputError(f"The weights {', '.join(wide[:3])} are too large for float16, or not finite. Look at the run first.")
-    content = save(half)
+    if wide := [name for name, value in run.model.named_parameters() if not value.half().isfinite().all()]: raise InputError(f"The weights {', '.join(wide[:3])} are too large for float16, or not finite. Look at the run first.")
+    content = save({"parameters": nn.utils.parameters_to_vector(run.model.parameters()).half()})
     card = {"format": "soflow_edu weights 1", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "command": command, "seed": run.config.seed, "step": run.step,
             "seconds": round(run.seconds, 1), "model": run.model.spec(), "objective": run.objective, "config": to_yaml(run.config)} | (facts or {})
     for target, data in ((path, content), (path.with_suffix(".json"), json.dumps(card, indent=2).encode())):
@@ -390,7 +389,7 @@ def read_card(name) -> dict:
     if not isinstance(card, dict) or card.get("format") != "soflow_edu weights 1": raise InputError(f"{path.name} is no card that export_weights wrote. Get it again.")
     return card
 
-# %% ../nbs/2_images/04_cifar10.ipynb #1b61592c
+# %% ../nbs/2_images/04_cifar10.ipynb #68f9676f
 def load_weights(name) -> SolutionModel:   # a name such as "cifar10-soflow", or the path of a .safetensors file
     "The model of named weights, in float32 and evaluation mode. Raises InputError if they are missing, or not those of their card."
     from safetensors.torch import load
@@ -398,5 +397,7 @@ def load_weights(name) -> SolutionModel:   # a name such as "cifar10-soflow", or
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != card["sha256"]: raise InputError(f"{path.name} has {len(content):,} bytes and is not the file whose checksum its card holds ({card['bytes']:,} bytes). Get both again.")
     model = SolutionModel(build("network", card["model"]["network"]), card["model"]["path"], card["model"]["coefficients"])
-    fit(model, {key: value.float() for key, value in load(content).items()}, path.name)
+    vector, parameters = load(content).get("parameters", torch.empty(0)), list(model.parameters())
+    if len(vector) != sum(p.numel() for p in parameters): raise InputError(f"{path.name} does not fit the network of its card: it holds {len(vector):,} parameters instead of {sum(p.numel() for p in parameters):,}. Get both again.")
+    nn.utils.vector_to_parameters(vector.float(), parameters)
     return model.eval().requires_grad_(False)

@@ -283,8 +283,8 @@ def evidence(run: Run, rung: Rung, found: Evaluation, expected: Expected) -> lis
     if run.config.precision not in ("float32", rung.config.precision): causes.append(f"Its network computed in {run.config.precision}, whose rounding the difference quotient multiplies. Try precision=float32.")
     return causes
 
-# %% ../nbs/2_images/05_ladder.ipynb #bdb5669c
-USUAL = (         "The weights: were they averaged (ema), and did the learning rate end near zero?",
+# %% ../nbs/2_images/05_ladder.ipynb #30125ea7
+USUAL = ("The weights: were they averaged (ema), and did the learning rate end near zero?",
          "The data: other versions, another scaling than [-1, 1], or labels in another order.",
          "The library: other versions of torch or of this course. Run the tests.")
 SEED = "Another seed: the band holds for most seeds, not for all. Train a second one."

@@ -559,7 +559,7 @@ def test_the_kept_runs_are_those_of_their_cards(monkeypatch):
     "The committed pair: size, checksum, the same network, the scores of the card; where the photographs and the classifier can be read, the one-step score again."
     monkeypatch.setattr("soflow_edu.cifar10.data_root", lambda: Path("nowhere"))           # those of the clone
     models, cards = ({name: function(f"cifar10-{name}") for name in ("soflow", "flow_matching")} for function in (load_weights, read_card))
-    assert all(card["bytes"] <= 4 * 2**20 and card["seconds"] <= 2 * 75 * 60 and "soflow train cifar10-laptop" in card["command"] for card in cards.values())
+    assert all(card["bytes"] <= 4_000_000 and card["seconds"] <= 2 * 75 * 60 and "soflow train cifar10-laptop" in card["command"] for card in cards.values())
     assert cards["soflow"]["model"] == cards["flow_matching"]["model"] and cards["soflow"]["objective"]["name"] == "staged" and cards["flow_matching"]["objective"]["name"] == "flow_matching"
     assert make_config(read_yaml(cards["soflow"]["config"])).objective == load_config("cifar10-laptop").objective
     score = {(name, row["steps"]): sum(row["frechet"]) / len(row["frechet"]) for name, card in cards.items() for row in card["scores"]}
