@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'learn', 'demo', 'write_results', 'version', 'study', 'check_json', 'run_study', 'bench_step',
-           'diagnose', 'ladder', 'train', 'sample', 'evaluate', 'import_published', 'parity', 'course_build',
+           'diagnose', 'ladder', 'train', 'sample', 'evaluate', 'import_published', 'encode', 'parity', 'course_build',
            'course_grade', 'stand_in', 'main', 'leave']
 
 # %% ../nbs/4_practice/02_command_line.ipynb #238488fe
@@ -215,6 +215,29 @@ def import_published(checkpoint: str, /, config: str, out: str):
     from soflow_edu.published import import_published as read
     print(f"Written to {read(checkpoint, config, out)}.")
 
+# %% ../nbs/4_practice/02_command_line.ipynb #766cda1c
+def encode(images: str, out: str, /, autoencoder: str = "sd-vae-ft-mse", size: int = 256, flip: bool = False, batch: int = 16, workers: int = 4, part: int = 64, skip_broken: bool = False, device: str = "auto"):
+    """Make a file of latents from a folder of pictures. Goes on where an earlier call was stopped; started by torchrun, each process does its part.
+
+    Args:
+        images: A folder with one folder of pictures for each class.
+        out: Folder for the latents.
+        autoencoder: sd-vae-ft-mse, sd-vae-ft-ema, light (of the data root), blocks (no weights), or a folder that diffusers saved.
+        size: Pixels along an edge, cut from the middle.
+        flip: Also encode each picture mirrored.
+        batch: Pictures that are encoded together.
+        workers: Threads that read files.
+        part: Pictures between two marks of what is done.
+        skip_broken: Leave out pictures that cannot be read, instead of stopping at the end.
+        device: Where to encode: auto, cpu, cuda or mps.
+    """
+    from soflow_edu.latents import encode as write
+    from soflow_edu.training import leave_processes, processes
+    try: path = write(images, out, autoencoder, size, flip, batch, workers, part, skip_broken, device, bar=True)
+    except KeyboardInterrupt: raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+    if processes()[0] == 0: print(f"Written to {path}.")
+    leave_processes()
+
 # %% ../nbs/4_practice/02_command_line.ipynb #75714db1
 def parity(files: tuple[str, ...], /, only: str = ""):
     """Compare outputs, losses and gradients with those of the published code; leave with status 1 if one is over its limit.
@@ -253,8 +276,8 @@ def course_grade(submissions: str, /, out: str = "marks", source: str = "", seco
     from soflow_edu.grading import grade_course
     grade_course(submissions, out, source, seconds)
 
-# %% ../nbs/4_practice/02_command_line.ipynb #53a78abe
-COMMANDS = {"demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "ladder": ladder, "import-published": import_published, "parity": parity, "bench": {"objectives": study("objectives", "Compare the methods."), "recipe": study("recipe", "Take the configuration plane apart."), "questions": study("questions", "Try the choices that the paper leaves open."), "step": bench_step},
+# %% ../nbs/4_practice/02_command_line.ipynb #bfa22c7e
+COMMANDS = {"demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "ladder": ladder, "encode": encode, "import-published": import_published, "parity": parity, "bench": {"objectives": study("objectives", "Compare the methods."), "recipe": study("recipe", "Take the configuration plane apart."), "questions": study("questions", "Try the choices that the paper leaves open."), "step": bench_step},
             "diagnose": diagnose, "course": {"build": course_build, "grade": course_grade}, "version": version}
 GROUPS = {"bench": "Measure: the studies of the course, and a training step.", "course": "Build assignments and mark submissions."}   # what `soflow --help` says of a group
 

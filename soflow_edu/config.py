@@ -33,14 +33,14 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #5cd97d03
+# %% ../nbs/0_start/01_config.ipynb #61b38a9b
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
              "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
-    "pictures": {"digits": "digits", "cifar10": "cifar10"},
-    "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet"},
+    "pictures": {"digits": "digits", "cifar10": "cifar10", "latents": "latents"},
+    "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet", "dit": "dit"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "staged": "objectives", "reflow": "objectives", "regression": "objectives"},
     "coefficients": {"euler": "solution", "trigonometric": "solution"},
@@ -52,6 +52,7 @@ CATALOGUE = {
     "reader": {"published": "published"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
     "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10"},
+    "autoencoder": {"blocks": "latents", "light": "latents", "sd-vae-ft-mse": "latents", "sd-vae-ft-ema": "latents"},
     "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}

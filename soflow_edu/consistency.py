@@ -6,9 +6,9 @@ __all__ = ['towards', 'Schedule', 'Constant', 'Linear', 'Cosine', 'Exponential',
            'hidden', 'rows_of', 'summed', 'velocity_loss', 'look_ahead', 'same_masks', 'drops', 'outputs',
            'solution_loss', 'surrogate', 'Semigroup']
 
-# %% ../nbs/1_plane/08_consistency.ipynb #d8d2bfb8
+# %% ../nbs/1_plane/08_consistency.ipynb #213ee668
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -74,7 +74,7 @@ def difference_quotient(model, xt, t, s, l, v, Ft, Fl):   # xt, v, Ft, Fl (B, ..
     da, a, db, b = (expand(part.to(xt), xt) for part in parts)
     return da * xt + a * v + db * Ft + b * (Ft - Fl)
 
-# %% ../nbs/1_plane/08_consistency.ipynb #d7658fac
+# %% ../nbs/1_plane/08_consistency.ipynb #e090a4f9
 @dataclass
 class Rows:
     "Samples of a mini-batch at their times."
@@ -87,6 +87,7 @@ class Rows:
     dropped: torch.Tensor | None = None   # (n,) True where the label is hidden
     extras: dict = field(default_factory=dict)   # further inputs of the network, (n, ...) each
     batch: Batch | None = None        # the whole mini-batch from which they come
+    own: torch.Tensor | None = None   # (n, ...) the model's velocities there, if they are known already
 
     def __getitem__(self, part: slice):
         cut = lambda value: {name: cut(v) for name, v in value.items()} if isinstance(value, dict) else value[part] if torch.is_tensor(value) else value
@@ -146,7 +147,7 @@ class BatchVelocity(Conditional):
         return torch.where(expand(rows.dropped, rows.xt), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0), batch_velocity(model.path, rows.xt, rows.t, rows.batch.x0, y, labels))
     regress = step
 
-# %% ../nbs/1_plane/08_consistency.ipynb #0c323dda
+# %% ../nbs/1_plane/08_consistency.ipynb #aa4bf7fe
 @register("objective", "soflow")
 @dataclass
 class SoFlow:
@@ -173,11 +174,11 @@ class SoFlow:
     def loss(self, model, batch: Batch, draws: Draws, progress: float) -> Loss:
         rows, n = rows_of(model, batch, draws), draws.regressed
         still, moving = rows[:n], rows[n:]
-        with torch.no_grad():                                                         # the targets first: their memory is free again
-            target = self.target.regress(model, still) if n else None
+        with torch.no_grad():                                                         # before the call whose memory stays
             v = self.step(model, moving) if n < len(rows.t) else None
             with same_masks(rows.xt): ahead = look_ahead(model, moving, v, self.jumps) if v is not None else None
         F = outputs(model, rows, n)
+        with torch.no_grad(): target = self.target.regress(model, replace(still, own=model.velocity_from(F[:n], still.xt, still.t))) if n else None
         return summed(self, progress, velocity_loss(self, model, still, F[:n], target) if n else None, solution_loss(self, model, moving, F[n:], *ahead) if ahead else None)
 
     def shares(self, progress): return self.lam, 1 - self.lam                         # weights of the two parts

@@ -10,7 +10,7 @@ __all__ = ['KEYS', 'UNUSED', 'PATHS', 'COEFFICIENTS', 'SCHEDULES', 'OPTIMISERS',
            'compared', 'write_numbers', 'read_json', 'schedule_rows', 'shape_rows', 'file_rows', 'parity', 'passed',
            'parity_table']
 
-# %% ../nbs/3_imagenet/04_published.ipynb #36b33e9f
+# %% ../nbs/3_imagenet/04_published.ipynb #81cfd6ca
 import json
 import math
 import re
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, InputError, build, describe, fresh_folder, names, read_text, read_yaml, register, replacing, unknown
+from .config import Config, InputError, build, describe, fresh_folder, read_text, read_yaml, register, replacing, unknown
 from .consistency import Rows, SoFlow, look_ahead, surrogate, towards, velocity_loss
 from .guidance import Guided, GuidanceScale
 from .objectives import one_thread
@@ -35,12 +35,12 @@ KEYS = {"noising_type": "path", "coefficient_type": "coefficients", "model_type"
         "betas": "betas", "weight_decay": "weight_decay", "batch_size": "batch", "ckpt_saving_steps": "checkpoint_every", "logging_steps": "log_every", "seed": "seed"}
 UNUSED = ("working_dir", "num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_NFE", "eval_demo_steps", "eval_demo_shape")   # no meaning here: where to write, how to load, what to show meanwhile
 
-# %% ../nbs/3_imagenet/04_published.ipynb #33bf5a53
+# %% ../nbs/3_imagenet/04_published.ipynb #374c7015
 PATHS = {"Linear": "linear", "Trig": "trigonometric", "Triangular": "trigonometric"}        # the comments of the published files say Triangular
 COEFFICIENTS = {"Euler": "euler", "Trig": "trigonometric", "Triangular": "trigonometric"}
 SCHEDULES = {"Const": "constant", "Linear": "linear", "Cosine": "cosine", "Exponent": "exponential"}
 OPTIMISERS = {"AdamW": "adamw", "RAdam": "radam"}
-NETWORKS = {"UNet": {"name": "unet"}} | {f"DiT-{size}": {"name": "dit", "size": size.replace("-", "/")} for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")}
+NETWORKS = {"UNet": {"name": "unet"}} | {f"DiT-{size}": {"name": "dit", "model": size.replace("-", "/")} for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")}
 NEEDED = ("noising_type", "coefficient_type", "model_type", "velocity_loss_ratio", "p", "eps", "time_mean", "time_std", "l_schedule", "l_end_ratio", "total_steps", "ema_decay_rate", "learning_rate", "betas", "batch_size")
 
 # %% ../nbs/3_imagenet/04_published.ipynb #45d86c17
@@ -134,11 +134,9 @@ def own_name(name: str) -> str:
     while prefix := next((p for p in PREFIXES if name.startswith(p)), ""): name = name.removeprefix(prefix)
     return name
 
-# %% ../nbs/3_imagenet/04_published.ipynb #69f725a5
+# %% ../nbs/3_imagenet/04_published.ipynb #9d2f7a45
 def expected(network) -> dict:   # description -> tensors by name, on the device meta
-    "The tensors of a network without their memory. Raises InputError if this version has no such network."
-    kind = network if isinstance(network, str) else network.get("name")
-    if kind not in names("network") and kind in {known["name"] for known in NETWORKS.values()}: raise InputError(f"The network {kind!r} of this run: network not built yet in this version. Known: {', '.join(names('network'))}.")
+    "The tensors of a network without their memory. Raises InputError for a network that cannot be built."
     with torch.device("meta"): return build("network", network).state_dict()
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ce65962b
@@ -338,14 +336,14 @@ def unet_options(weights: dict) -> dict:   # tensors by their published names
             "blocks": sum(name.startswith(top) and name.endswith(".conv0.weight") for name in weights), "attention": [k for k in sizes if f"enc.{k}x{k}_block0.qkv.weight" in weights], "dropout": 0.0,
             "augment": rows("map_augment.weight")[1] if "map_augment.weight" in weights else 0, "classes": rows("map_label.weight")[0] - 1 if "map_label.weight" in weights else 0}
 
-# %% ../nbs/3_imagenet/04_published.ipynb #afce18c9
+# %% ../nbs/3_imagenet/04_published.ipynb #ad4886e6
 def dit_options(weights: dict, channels: int, size: int, heads: int = 4) -> dict:
     "The description of the transformer to which tensors belong; their shapes do not tell the number of heads. Raises InputError if they belong to none."
     wanted = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
     if lacking := [name for name in wanted if name not in weights]: raise InputError(f"These weights belong to no DiT: {', '.join(lacking)} missing.")
     (width, _, patch, _), classes, hidden = (weights[name].shape for name in wanted)
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return {"name": "dit", "input": size, "channels": channels, "patch": patch, "width": width, "depth": depth, "heads": heads, "mlp_ratio": hidden[0] // width, "classes": classes[0] - 1}
+    return {"name": "dit", "size": size, "channels": channels, "patch": patch, "width": width, "depth": depth, "heads": heads, "mlp_ratio": hidden[0] // width, "classes": classes[0] - 1}
 
 # %% ../nbs/3_imagenet/04_published.ipynb #819629f2
 def options_of(numbers: Numbers) -> dict:
@@ -360,7 +358,7 @@ def model_of(numbers: Numbers) -> SolutionModel:
     fit(net, numbers.weights, numbers.name)
     return SolutionModel(net, PATHS[numbers.meta["noising"]], COEFFICIENTS[numbers.meta["coefficients"]])
 
-# %% ../nbs/3_imagenet/04_published.ipynb #18098dd7
+# %% ../nbs/3_imagenet/04_published.ipynb #80852764
 LIMITS = {"outputs": 2e-6, "fm losses": 1e-6, "fm gradients": 5e-6, "scm losses": 2e-5, "scm gradients": 1e-5, "schedules": 3e-8, "names, shapes": 0.0}
 SHORT = (1e-3, 2e-4)     # where some t - l is below the first, the reference itself is less exact: limit of the gradients of scm
 
@@ -371,10 +369,10 @@ class Compared:
     network: str            # "unet", "dit", or "any"
     group: str              # a key of LIMITS
     what: str               # the tensor
-    error: float | None     # None: the network is not built yet
+    error: float
     limit: float
     @property
-    def ok(self): return None if self.error is None else self.error <= self.limit
+    def ok(self): return self.error <= self.limit
 
 # %% ../nbs/3_imagenet/04_published.ipynb #79038f37
 def group_of(what: str) -> str:   # name of a result -> key of LIMITS
@@ -392,13 +390,13 @@ def relative(a, b) -> float:   # ours, theirs
     difference, size = (a.double() - b.double()).norm().item(), b.double().norm().item()
     return difference / size if size else 0.0 if difference == 0 else math.inf
 
-# %% ../nbs/3_imagenet/04_published.ipynb #2ce72f81
-def compared(numbers: Numbers, values: dict | None) -> list:   # results by name; None if the network is not built yet
+# %% ../nbs/3_imagenet/04_published.ipynb #ca230876
+def compared(numbers: Numbers, values: dict) -> list:   # results by name
     "A row for each result that the file holds. Raises InputError for a gradient of a parameter that the network does not have."
     rows = []
     for what, theirs in numbers.results.items():
-        if values is not None and (what not in values or values[what].shape != theirs.shape): raise InputError(f"{numbers.name} holds {what} of shape {tuple(theirs.shape)}, but the network has {'no such parameter' if what not in values else f'shape {tuple(values[what].shape)}'}.")
-        rows.append(Compared(numbers.name, numbers.kind, group_of(what), what, None if values is None else relative(values[what], theirs), limit_of(what, numbers)))
+        if what not in values or values[what].shape != theirs.shape: raise InputError(f"{numbers.name} holds {what} of shape {tuple(theirs.shape)}, but the network has {'no such parameter' if what not in values else f'shape {tuple(values[what].shape)}'}.")
+        rows.append(Compared(numbers.name, numbers.kind, group_of(what), what, relative(values[what], theirs), limit_of(what, numbers)))
     return rows
 
 # %% ../nbs/3_imagenet/04_published.ipynb #58564983
@@ -433,25 +431,24 @@ def schedule_rows(path: Path, content: dict) -> list:
         rows.append(Compared(path.stem, "any", "schedules", key, (own - torch.tensor(several(content, key, len(own)))).abs().max().item(), LIMITS["schedules"]))
     return rows
 
-# %% ../nbs/3_imagenet/04_published.ipynb #4ea36546
+# %% ../nbs/3_imagenet/04_published.ipynb #92781662
 def shape_rows(path: Path, content: dict) -> list:
     "For each published model the number of tensors whose name or shape differs from ours."
     rows = []
     for name, tensors in content.items():
         if not isinstance(tensors, dict) or not all(isinstance(shape, list) for shape in tensors.values()): raise InputError(f"{path}: {name} holds no table of shapes by name.")
         network, theirs = choice({"model": name}, "model", NETWORKS), {(own_name(tensor), tuple(shape)) for tensor, shape in tensors.items()}
-        error = None if network["name"] not in names("network") else float(len(theirs ^ {(tensor, tuple(value.shape)) for tensor, value in expected(network).items()}))
-        rows.append(Compared(path.stem, network["name"], "names, shapes", f"{name}, {len(tensors)} tensors", error, LIMITS["names, shapes"]))
+        wrong = theirs ^ {(tensor, tuple(value.shape)) for tensor, value in expected(network).items()}
+        rows.append(Compared(path.stem, network["name"], "names, shapes", f"{name}, {len(tensors)} tensors", float(len(wrong)), LIMITS["names, shapes"]))
     return rows
 
-# %% ../nbs/3_imagenet/04_published.ipynb #2772fd42
+# %% ../nbs/3_imagenet/04_published.ipynb #56f59e16
 def file_rows(path: Path) -> list:
     "The rows of one file of any of the three kinds. Raises InputError for a file of none of them."
     if path.suffix == ".json":
         content = read_json(path)
         return schedule_rows(path, content) if any(key == "t" or "/" in key for key in content) else shape_rows(path, content)
     numbers = read_numbers(path)
-    if numbers.kind not in names("network"): return compared(numbers, None)
     if numbers.guided and not {"labels", "cfg_mask"} <= numbers.given.keys(): raise InputError(f"{path} asks for guidance (guidance_scale {numbers.meta['guidance_scale']:g}), but holds no labels to guide by.")
     return compared(numbers, ours(numbers, model_of(numbers)))
 
@@ -471,21 +468,21 @@ def parity(paths,                     # a file or a folder of numbers, or severa
     if not rows: raise InputError(f"There is nothing to compare{f' of the network {only}' if only else ''} in {', '.join(map(str, files)) or 'an empty list of files'}.")
     return rows
 
-# %% ../nbs/3_imagenet/04_published.ipynb #ad9f62c7
+# %% ../nbs/3_imagenet/04_published.ipynb #bd20e71a
 def passed(rows: list) -> bool:
-    "Whether no comparison is above its limit; those of networks that are not built yet do not count."
-    return all(row.ok is not False for row in rows)
+    "Whether no comparison is above its limit."
+    return all(row.ok for row in rows)
 
-# %% ../nbs/3_imagenet/04_published.ipynb #c211383b
+# %% ../nbs/3_imagenet/04_published.ipynb #fdec0860
 def parity_table(rows: list) -> str:
     "A line for each file and group of tensors with the largest error and its limit, then every tensor above its limit, then the counts."
-    groups, shown = {}, lambda error: "-" if error is None else f"{error:.1e}"
+    groups = {}
     for row in rows: groups.setdefault((row.file, row.what if row.group in ("schedules", "names, shapes") else row.group), []).append(row)
     width = max(len(file) for file, _ in groups) + 2
     lines = [f"{'file':{width}s}{'what':26s}{'tensors':>8s}{'worst error':>13s}{'limit':>10s}"]
     for (file, what), part in groups.items():
-        worst = max(part, key=lambda row: (row.ok is False, -1.0 if row.error is None else math.inf if math.isnan(row.error) else row.error / row.limit if row.limit else row.error))
-        lines.append(f"{file:{width}s}{what:26s}{len(part):8d}{shown(worst.error):>13s}{worst.limit:10.1e}  {({True: 'equal', False: 'ABOVE ITS LIMIT', None: 'network not built yet'})[worst.ok]}")
-    lines += [""] * any(row.ok is False for row in rows) + [f"{row.file}: {row.what} is off by {row.error:.2e}, limit {row.limit:.1e}" for row in rows if row.ok is False]
-    count = lambda state: sum(row.ok is state for row in rows)
-    return "\n".join([*lines, "", f"{len(rows)} comparisons: {count(True)} within their limits, {count(False)} above, {count(None)} of networks that are not built yet."])
+        worst = max(part, key=lambda row: (not row.ok, math.inf if math.isnan(row.error) else row.error / row.limit if row.limit else row.error))
+        lines.append(f"{file:{width}s}{what:26s}{len(part):8d}{worst.error:13.1e}{worst.limit:10.1e}  {'equal' if worst.ok else 'ABOVE ITS LIMIT'}")
+    above = [row for row in rows if not row.ok]
+    lines += [""] * bool(above) + [f"{row.file}: {row.what} is off by {row.error:.2e}, limit {row.limit:.1e}" for row in above]
+    return "\n".join([*lines, "", f"{len(rows)} comparisons: {len(rows) - len(above)} within their limits, {len(above)} above."])
