@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE = ROOT / "nbs", ROOT / "soflow_edu"
 WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}   # every other module is exported from a notebook
@@ -90,7 +92,14 @@ def catalogue() -> dict:
 def built(code: str) -> set:
     "Modules of the components that code names: in its own strings, or through the configurations if it reads one."
     words = {node.value for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return {module for name, module in catalogue().items() if (name in words or reads_configurations(code) and re.search(rf"\b{name}\b", configurations())) and (PACKAGE / f"{module}.py").exists()}
+    named = words | (texts(yaml.safe_load_all(configurations())) if reads_configurations(code) else set())
+    return {module for name, module in catalogue().items() if name in named and (PACKAGE / f"{module}.py").exists()}
+
+
+def texts(content) -> set:
+    "All texts in what a YAML file holds, but for keys."
+    parts = content.values() if isinstance(content, dict) else [] if isinstance(content, str) or not hasattr(content, "__iter__") else content
+    return {content} if isinstance(content, str) else {text for part in parts for text in texts(part)}
 
 
 def reads_configurations(code: str) -> bool:
@@ -98,7 +107,7 @@ def reads_configurations(code: str) -> bool:
 
 
 def configurations() -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")))
+    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")))
 
 
 def digest(notebook) -> str:

@@ -4,8 +4,8 @@
 __all__ = ['ENDINGS', 'SCALE', 'HUB', 'LATENT_FILE', 'PLAN', 'ImageFolder', 'image_folder', 'centre_crop', 'read_picture',
            'Autoencoder', 'Blocks', 'Light', 'Diffusers', 'open_autoencoder', 'psnr', 'new_latent_file', 'take_room',
            'hdf5', 'RowFile', 'rows_in_place', 'Plan', 'read_row', 'encode_part', 'read_plan', 'check_plan',
-           'begin_encoding', 'clear', 'mark_of', 'read_mark', 'fill', 'finish_encoding', 'with_rows', 'led', 'alone',
-           'encode', 'wait_for_parts', 'LatentFile', 'find_latents', 'open_latents', 'LatentReader', 'Latents']
+           'LatentFile', 'find_latents', 'open_latents', 'begin_encoding', 'clear', 'mark_of', 'read_mark', 'fill',
+           'finish_encoding', 'with_rows', 'led', 'alone', 'encode', 'wait_for_parts', 'LatentReader', 'Latents']
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #19343432
 import csv
@@ -28,9 +28,10 @@ from .cifar10 import listed
 from .config import InputError, build, check_least, choose_device, data_root, names, read_text, register, replacing, unknown
 from .training import agree, join_processes, processes
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #32d5f520
+# %% ../nbs/3_imagenet/02_latents.ipynb #cd14f97f
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")   # of picture files, in small or capital letters
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #ce048dac
 @dataclass
 class ImageFolder:
     "Pictures on a disk: `files` are relative to `root`; the folders in it, sorted by name, are the classes 0, 1, 2, ..."
@@ -52,14 +53,13 @@ def image_folder(root) -> ImageFolder:
     if all(file.count("/") > 1 for files in found.values() for file in files): raise InputError(f"The folders in {root} ({listed(classes)}) hold no pictures but folders of them, so they are no classes. Give one of them, such as {root / classes[0]}.")
     return ImageFolder(root, classes, [file for files in found.values() for file in files], [label for label, files in enumerate(found.values()) for _ in files])
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #82698b48
+# %% ../nbs/3_imagenet/02_latents.ipynb #15988e72
 def centre_crop(picture, size: int):   # a PIL picture of any size -> a square one with `size` pixels an edge
     "The middle of a picture: halved by averaging while its shorter edge is at least twice `size`, then resized by cubic interpolation."
     from PIL import Image
     while min(picture.size) >= 2 * size: picture = picture.resize(tuple(edge // 2 for edge in picture.size), Image.Resampling.BOX)
     picture = picture.resize(tuple(round(edge * size / min(picture.size)) for edge in picture.size), Image.Resampling.BICUBIC)
-    left, top = ((edge - size) // 2 for edge in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+    return picture.crop(((left := (picture.width - size) // 2), (top := (picture.height - size) // 2), left + size, top + size))
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #e26a0aee
 def read_picture(path, size: int) -> torch.Tensor:   # (3, size, size) in [-1, 1]
@@ -68,9 +68,10 @@ def read_picture(path, size: int) -> torch.Tensor:   # (3, size, size) in [-1, 1
     with Image.open(path) as picture: square = centre_crop(picture.convert("RGB"), size)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #21c47f80
+# %% ../nbs/3_imagenet/02_latents.ipynb #c9e24b90
 SCALE = 0.18215   # by which latents of Stable Diffusion 1 are multiplied
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #8c3ac256
 class Autoencoder:
     "What encoding and decoding need: `encode` (B, 3, 8n, 8n) in [-1, 1] -> mean, std (B, 4, n, n); `decode` (B, 4, n, n) -> (B, 3, 8n, 8n)."
     name = ""        # by which `open_autoencoder` finds it
@@ -123,9 +124,10 @@ class Light(Autoencoder):
         whole = sum(functional.interpolate(part, size=(size, size), mode="bilinear", align_corners=False) for part in parts)
         return whole[..., 8 * edge:-8 * edge, 8 * edge:-8 * edge]
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #db2daff4
+# %% ../nbs/3_imagenet/02_latents.ipynb #a8e48083
 HUB = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #cba279f6
 class Diffusers(Autoencoder):
     "An AutoencoderKL of diffusers, from the hub or a folder. Raises InputError if it cannot be had."
     def __init__(self, name: str,    # of HUB, or a folder
@@ -147,9 +149,10 @@ class Diffusers(Autoencoder):
     @torch.no_grad()
     def decode(self, z): return self.net.decode(z.to(self.device)).sample.float().cpu()
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #8f65ba3c
+# %% ../nbs/3_imagenet/02_latents.ipynb #fac734f5
 for hub_name in HUB: register("autoencoder", hub_name)(partial(Diffusers, hub_name))
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #05468bd5
 def open_autoencoder(name, device: str = "auto") -> Autoencoder:   # a registered name, or a folder that diffusers saved
     "The autoencoder of a name or a folder. Raises InputError if there is none."
     if isinstance(name, Autoencoder): return name
@@ -279,6 +282,50 @@ def check_plan(old: Plan, new: Plan, work: Path):
     wrong = [f"{name} is {same(old)[name]!r}, not {value!r}" for name, value in same(new).items() if value != same(old)[name]]
     if added := sorted(set(new.files) - set(old.files)): wrong.append(f"{len(added)} pictures are new: {listed(added)}")
     if wrong: raise InputError(f"{work} holds unfinished work with other settings: {'; '.join(wrong)}. Give the same folder of pictures and options to go on, remove it, or choose another folder.")
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #eea1dc4e
+@dataclass
+class LatentFile:
+    "What a latent file says about itself."
+    path: Path
+    labels: torch.Tensor    # (N,)
+    shape: tuple            # of the latents: (N, 2 channels, size, size)
+    attributes: dict = field(default_factory=dict)
+
+    @property
+    def size(self) -> int: return self.shape[2]
+    @property
+    def channels(self) -> int: return self.shape[1] // 2
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3e8a32d6
+def find_latents(path) -> Path:   # the path of a file, or of the folder that holds it
+    "The latent file that is meant. Raises InputError if it is missing or still being written."
+    path = Path(path)
+    folder = path if path.is_dir() or not path.suffix else path.parent
+    if path == folder: path = folder / LATENT_FILE
+    for work in (folder, folder / "encoding"):
+        if (plan := read_plan(work)) and (work == folder or not path.is_file()):
+            raise InputError(f"{path} is still being written: {len(list(work.glob('part-*.json')))} of {plan.parts} parts are done. Wait for soflow encode, or call it again if it was stopped.")
+    if not path.is_file(): raise InputError(f"{path} is missing. Make it from a folder of pictures: soflow encode IMAGES {folder}" + ("." if path.name == LATENT_FILE else f", which makes {folder / LATENT_FILE}."))
+    return path
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
+def open_latents(path, growing: bool = False) -> LatentFile:   # the path of a file, or of the folder that holds it; growing: also one that is still being written
+    "What a latent file says about itself. Raises InputError if it is missing, cut, still being written, or of another layout."
+    path = Path(path) if growing else find_latents(path)
+    try: file = hdf5().File(path, "r")
+    except OSError as error: raise InputError(f"{path} cannot be read: it is cut, is being written by another program, or is no HDF5 file ({error}). Copy or make it again.") from None
+    with file:
+        parts = {name: file.get(name) for name in ("latents", "labels", "amount", "latent_size")}
+        shapes = {name: getattr(part, "shape", None) for name, part in parts.items()}
+        kinds = {name: getattr(getattr(part, "dtype", None), "kind", "?") for name, part in parts.items()}
+        sound = kinds["latents"] == "f" and all(kinds[name] in "iu" for name in ("labels", "amount", "latent_size")) and len(shapes["latents"]) == 4 and shapes["amount"] == shapes["latent_size"] == ()
+        expected = (int(parts["amount"][()]), shapes["latents"][1], *2 * (int(parts["latent_size"][()]),)) if sound else None
+        if not sound or shapes["latents"] != expected or shapes["labels"] != expected[:1] or expected[0] < 1 or expected[1] % 2:
+            raise InputError(f"{path} holds {', '.join(f'{name} {shape} {parts[name].dtype}' if shape is not None else f'no {name}' for name, shape in shapes.items())}; expected were latents (amount, 2 x channels, latent_size, latent_size) of floats, labels (amount,), amount and latent_size of whole numbers. Make it again.")
+        labels, attributes = torch.from_numpy(parts["labels"][:].astype(np.int64)), {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
+    if labels.min() < 0: raise InputError(f"{path} has labels from {labels.min()}, but classes are counted from 0. Make it again.")
+    return LatentFile(path, labels, expected, attributes)
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #b0a7b806
 def begin_encoding(plan: Plan, coder: Autoencoder, out: Path) -> bool:   # whether there is anything to do
@@ -428,50 +475,6 @@ def wait_for_parts(plan: Plan, work: Path, rank: int):
             told += 1
             print(f"waiting for {len(lacking)} parts of other processes, the first is number {lacking[0]}")
         time.sleep(0.05 + 0.001 * len(lacking))
-
-# %% ../nbs/3_imagenet/02_latents.ipynb #eea1dc4e
-@dataclass
-class LatentFile:
-    "What a latent file says about itself."
-    path: Path
-    labels: torch.Tensor    # (N,)
-    shape: tuple            # of the latents: (N, 2 channels, size, size)
-    attributes: dict = field(default_factory=dict)
-
-    @property
-    def size(self) -> int: return self.shape[2]
-    @property
-    def channels(self) -> int: return self.shape[1] // 2
-
-# %% ../nbs/3_imagenet/02_latents.ipynb #3e8a32d6
-def find_latents(path) -> Path:   # the path of a file, or of the folder that holds it
-    "The latent file that is meant. Raises InputError if it is missing or still being written."
-    path = Path(path)
-    folder = path if path.is_dir() or not path.suffix else path.parent
-    if path == folder: path = folder / LATENT_FILE
-    for work in (folder, folder / "encoding"):
-        if (plan := read_plan(work)) and (work == folder or not path.is_file()):
-            raise InputError(f"{path} is still being written: {len(list(work.glob('part-*.json')))} of {plan.parts} parts are done. Wait for soflow encode, or call it again if it was stopped.")
-    if not path.is_file(): raise InputError(f"{path} is missing. Make it from a folder of pictures: soflow encode IMAGES {folder}" + ("." if path.name == LATENT_FILE else f", which makes {folder / LATENT_FILE}."))
-    return path
-
-# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
-def open_latents(path, growing: bool = False) -> LatentFile:   # the path of a file, or of the folder that holds it; growing: also one that is still being written
-    "What a latent file says about itself. Raises InputError if it is missing, cut, still being written, or of another layout."
-    path = Path(path) if growing else find_latents(path)
-    try: file = hdf5().File(path, "r")
-    except OSError as error: raise InputError(f"{path} cannot be read: it is cut, is being written by another program, or is no HDF5 file ({error}). Copy or make it again.") from None
-    with file:
-        parts = {name: file.get(name) for name in ("latents", "labels", "amount", "latent_size")}
-        shapes = {name: getattr(part, "shape", None) for name, part in parts.items()}
-        kinds = {name: getattr(getattr(part, "dtype", None), "kind", "?") for name, part in parts.items()}
-        sound = kinds["latents"] == "f" and all(kinds[name] in "iu" for name in ("labels", "amount", "latent_size")) and len(shapes["latents"]) == 4 and shapes["amount"] == shapes["latent_size"] == ()
-        expected = (int(parts["amount"][()]), shapes["latents"][1], *2 * (int(parts["latent_size"][()]),)) if sound else None
-        if not sound or shapes["latents"] != expected or shapes["labels"] != expected[:1] or expected[0] < 1 or expected[1] % 2:
-            raise InputError(f"{path} holds {', '.join(f'{name} {shape} {parts[name].dtype}' if shape is not None else f'no {name}' for name, shape in shapes.items())}; expected were latents (amount, 2 x channels, latent_size, latent_size) of floats, labels (amount,), amount and latent_size of whole numbers. Make it again.")
-        labels, attributes = torch.from_numpy(parts["labels"][:].astype(np.int64)), {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
-    if labels.min() < 0: raise InputError(f"{path} has labels from {labels.min()}, but classes are counted from 0. Make it again.")
-    return LatentFile(path, labels, expected, attributes)
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #3fb69ab4
 class LatentReader:
