@@ -174,7 +174,7 @@ def test_two_processes_write_the_same_file(images, tmp_path):
     assert same(tmp_path, images.parent / "whole") and [path.name for path in tmp_path.iterdir()] == [LATENT_FILE]
     job = encoding(images, tmp_path, "--size", "128", launcher=TORCHRUN)
     said = job.communicate()
-    assert job.returncode != 0 and said[1].count("soflow: ") == 1 and "exists already" in " ".join(said[1].split()) and "Connection closed" not in said[1], said[1]
+    assert job.returncode != 0 and said[1].count("soflow:") == 1 and "exists already" in " ".join(said[1].split()) and "Connection closed" not in said[1], said[1]
 
 
 def test_the_second_process_does_its_share(images, tmp_path):
