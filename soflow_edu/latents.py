@@ -397,15 +397,16 @@ def finish_encoding(plan: Plan, work: Path, out: Path, skip_broken: bool):
     os.replace(source, out / LATENT_FILE)
     clear(work)
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #d608ab2d
+# %% ../nbs/3_imagenet/02_latents.ipynb #52348bf2
 def with_rows(path: Path, remaining: list) -> Path:
     "A copy of a latent file with some of its rows only."
     found, copy = open_latents(path, growing=True), path.with_name("remaining.hdf5")
     new_latent_file(copy, found.labels.numpy()[remaining], found.size, found.channels, found.attributes)
-    old, new, row = rows_in_place(path), rows_in_place(copy), np.empty((1, *found.shape[1:]), np.float32)
-    for k, one in enumerate(remaining):
-        old.read_into(one, row[0])
-        new.write(k, row)
+    old, new = rows_in_place(path), rows_in_place(copy)
+    for k in range(0, len(remaining), 256):
+        block = np.empty((len(remaining[k:k + 256]), *found.shape[1:]), np.float32)
+        for row, out in zip(remaining[k:k + 256], block): old.read_into(row, out)
+        new.write(k, block)
     old.close(), new.close()
     return copy
 
@@ -476,7 +477,7 @@ def wait_for_parts(plan: Plan, work: Path, rank: int):
             print(f"waiting for {len(lacking)} parts of other processes, the first is number {lacking[0]}")
         time.sleep(0.05 + 0.001 * len(lacking))
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #3fb69ab4
+# %% ../nbs/3_imagenet/02_latents.ipynb #1e482d7a
 class LatentReader:
     "Rows of a latent file, read by several threads. Copies, pickled ones and forked processes open the file for themselves: neither threads nor open files follow them."
     def __init__(self, file: LatentFile, threads: int = 4): self.file, self.threads, self.process, self.rows, self.slow, self.pool = file, threads, None, None, None, None
@@ -486,6 +487,7 @@ class LatentReader:
         "Opens the file in this process, if it is not open."
         if self.process == os.getpid(): return
         self.process, self.rows = os.getpid(), rows_in_place(self.file.path)
+        if self.rows: self.rows.opened()                                    # once, before several threads do it
         if self.rows: self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         else: self.slow = hdf5().File(self.file.path, "r")["latents"]
 

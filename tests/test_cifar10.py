@@ -577,5 +577,6 @@ def test_the_kept_runs_are_those_of_their_cards(monkeypatch):
 def test_the_tuning_is_kept():
     rows = json.loads((Path(__file__).parent.parent / "data" / "runs" / "cifar10-tuning.json").read_text())
     assert len({row["learning_rate"] for row in rows["rates"]}) >= 3 and all(row["seconds"] <= 450 and row["frechet"] < rows["scale"]["uniform noise"] for row in rows["rates"])
+    assert rows["long"][0]["frechet"] == pytest.approx(read_card("cifar10-flow_matching")["scores"][0]["frechet"][0], abs=0.01)
     for points in rows["curves"].values():
         assert len(points) >= 3 and points[-1]["frechet"] == min(p["frechet"] for p in points)
