@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'learn', 'demo', 'write_results', 'version', 'study', 'check_json', 'run_study', 'bench_step',
-           'diagnose', 'ladder', 'train', 'sample', 'evaluate', 'import_published', 'encode', 'parity', 'course_build',
-           'course_grade', 'stand_in', 'main', 'leave']
+           'diagnose', 'ladder', 'train', 'sample', 'evaluate', 'import_published', 'encode', 'microscope', 'parity',
+           'course_build', 'course_grade', 'stand_in', 'main', 'leave']
 
 # %% ../nbs/4_practice/02_command_line.ipynb #238488fe
 import json
@@ -110,17 +110,16 @@ def run_study(name: str, datasets, settings, seconds: float, steps: int | None, 
         print(f"{number:3d} of {len(todo)}: {row['dataset']}, {row['setting']}, seed {row['seed']}: relative error {row['relative_rmse'][0]:.4f} in one step after {row['steps_done']:,} steps, {row['train_seconds']:.1f} CPU s", flush=True)
     print(f"\n{bench_table(rows)}\n\nWritten to {path}.")
 
-# %% ../nbs/4_practice/02_command_line.ipynb #d7b890de
-def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: int = 2, compile: bool = True, channels_last: bool = False, json: str = ""):
+# %% ../nbs/4_practice/02_command_line.ipynb #807e96c9
+def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: int = 2, compile: bool = True, json: str = ""):
     """Measure a training step beside a literal re-statement of the published one, taken in turns.
 
     Args:
-        network: UNet, as published.
+        network: UNet, DiT-B-4, DiT-B-2, ..., as published.
         batch: Samples a step.
         steps: Steps of each kind that are measured.
         threads: Threads of torch.
         compile: Measure the compiled step too.
-        channels_last: The layout of our step.
         json: A file for the numbers.
     """
     check_json(json)
@@ -128,7 +127,7 @@ def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: i
     import torch
     from soflow_edu.cost import bench_step as measure, step_table, write_times
     torch.set_num_threads(threads)
-    rows = measure(network, batch, steps, compile, channels_last)
+    rows = measure(network, batch, steps, compile)
     print(f"{network}, batch {batch}, {threads} threads, medians of {steps} steps in turns\n\n{step_table(rows)}")
     if json: write_times(json, rows, {"network": network, "batch": batch, "threads": threads})
 
@@ -165,26 +164,30 @@ def train(config: str, changes: tuple[str, ...] = (), /, out: str = "", resume: 
     describe_run(run, out)
     leave_processes()
 
-# %% ../nbs/4_practice/02_command_line.ipynb #a1f9eb21
-def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: str = "", sampler: str = "", seed: int = 0, device: str = "auto"):
-    """Draw samples of a run, into a sheet of pictures or an .npz file for evaluators.
+# %% ../nbs/4_practice/02_command_line.ipynb #64d0bb3a
+def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: str = "", sampler: str = "", seed: int = 0, device: str = "auto", autoencoder: str = ""):
+    """Draw samples of a run, into a sheet of pictures or an .npz file for evaluators. An .npz is gone on with where an earlier call was stopped; started by torchrun, each process makes its part.
 
     Args:
         run: Folder of a run.
         steps: Steps of the sampler.
         count: Number of samples.
-        grid: A .png file for a sheet of pictures.
+        grid: A .png file for a sheet of the first pictures, at most 500.
         npz: An .npz file for the samples: uint8 (N, H, W, C) as arr_0.
         sampler: renoise or jump; what suits the run if not given.
         seed: The same seed gives the same samples.
         device: Where to compute: auto, cpu, cuda, ...
+        autoencoder: What makes pictures of latents, if another one than that of the data.
     """
     if not grid and not npz: raise InputError("There is no file for the samples. Give --grid FILE.png, --npz FILE.npz, or both.")
-    from soflow_edu.ladder import write_samples
-    write_samples(run, count, steps, sampler, seed, device, grid, npz)
+    from soflow_edu.imagenet import write_samples
+    from soflow_edu.training import leave_processes
+    try: write_samples(run, count, steps, sampler, seed, device, grid, npz, autoencoder)
+    except KeyboardInterrupt: raise KeyboardInterrupt("stopped; the same command goes on where it was" if npz else "") from None
+    leave_processes()
 
-# %% ../nbs/4_practice/02_command_line.ipynb #3d441443
-def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 2000, features: str = "", part: str = "test", sampler: str = "", seed: int = 0, device: str = "auto", json: str = ""):
+# %% ../nbs/4_practice/02_command_line.ipynb #fba8c7d3
+def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 2000, features: str = "", part: str = "test", sampler: str = "", seed: int = 0, device: str = "auto", autoencoder: str = "", json: str = ""):
     """Judge a run or a file of samples, and compare the numbers with what is expected.
 
     Args:
@@ -192,16 +195,17 @@ def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 200
         against: Data set whose pictures are the measure; that of the run if not given.
         steps: Steps of the sampler.
         count: Number of samples.
-        features: What judges the pictures: inception, resnet56, digits; that of the data set if not given.
+        features: What judges the pictures: inception, resnet56, efficientnet-lite0, digits; that of the data set if not given.
         part: test, the held-out pictures, or train, as published FIDs have it.
         sampler: renoise or jump; what suits the run if not given.
         seed: The same seed gives the same samples.
         device: Where to compute: auto, cpu, cuda, ...
+        autoencoder: What makes pictures of latents, if another one than that of the data.
         json: A file for the numbers.
     """
     check_json(json)
     from soflow_edu.ladder import evaluate_source
-    evaluate_source(source, against, steps, count, features, part, sampler, seed, device, json)
+    evaluate_source(source, against, steps, count, features, part, sampler, seed, device, autoencoder, json)
 
 # %% ../nbs/4_practice/02_command_line.ipynb #7c95d9af
 def import_published(checkpoint: str, /, config: str, out: str):
@@ -237,6 +241,26 @@ def encode(images: str, out: str, /, autoencoder: str = "sd-vae-ft-mse", size: i
     except KeyboardInterrupt: raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
     if processes()[0] == 0: print(f"Written to {path}.")
     leave_processes()
+
+# %% ../nbs/4_practice/02_command_line.ipynb #a8b7ffd7
+def microscope(run: str, /, out: str = "microscope.png", count: int = 8, seed: int = 0, autoencoder: str = "", device: str = "auto"):
+    """Show what a map makes of the same noise as s falls, beside the model's own ODE.
+
+    Args:
+        run: Folder of a run of pictures or latents, also an imported one.
+        out: A .png file for the pictures.
+        count: Number of samples.
+        seed: The same seed gives the same noise.
+        autoencoder: What makes pictures of latents, if another one than that of the data.
+        device: Where to compute: auto, cpu, cuda, ...
+    """
+    if Path(out).suffix != ".png": raise InputError(f"--out is {out}, but must end in .png.")
+    from soflow_edu.published import microscope as look
+    from soflow_edu.training import load_run
+    view = look(load_run(run), count, seed=seed, autoencoder=autoencoder, device=device)
+    print(view.table)
+    with replacing(out) as path: view.figure().savefig(path, dpi=200, format="png")
+    print(f"Written to {out}.")
 
 # %% ../nbs/4_practice/02_command_line.ipynb #75714db1
 def parity(files: tuple[str, ...], /, only: str = ""):
@@ -276,8 +300,8 @@ def course_grade(submissions: str, /, out: str = "marks", source: str = "", seco
     from soflow_edu.grading import grade_course
     grade_course(submissions, out, source, seconds)
 
-# %% ../nbs/4_practice/02_command_line.ipynb #bfa22c7e
-COMMANDS = {"demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "ladder": ladder, "encode": encode, "import-published": import_published, "parity": parity, "bench": {"objectives": study("objectives", "Compare the methods."), "recipe": study("recipe", "Take the configuration plane apart."), "questions": study("questions", "Try the choices that the paper leaves open."), "step": bench_step},
+# %% ../nbs/4_practice/02_command_line.ipynb #97e7fd5a
+COMMANDS = {"demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "ladder": ladder, "encode": encode, "import-published": import_published, "microscope": microscope, "parity": parity, "bench": {"objectives": study("objectives", "Compare the methods."), "recipe": study("recipe", "Take the configuration plane apart."), "questions": study("questions", "Try the choices that the paper leaves open."), "step": bench_step},
             "diagnose": diagnose, "course": {"build": course_build, "grade": course_grade}, "version": version}
 GROUPS = {"bench": "Measure: the studies of the course, and a training step.", "course": "Build assignments and mark submissions."}   # what `soflow --help` says of a group
 

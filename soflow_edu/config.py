@@ -4,7 +4,8 @@
 __all__ = ['CATALOGUE', 'RANGES', 'DECAYS', 'OPTIMISERS', 'PRECISIONS', 'LENGTHS', 'COLOURS', 'MARKERS', 'InputError', 'unknown',
            'register', 'names', 'find', 'fits', 'check_options', 'check_least', 'build', 'describe', 'Config',
            'check_config', 'read_yaml', 'read_text', 'make_config', 'to_yaml', 'load_config', 'shipped_configs',
-           'replacing', 'fresh_folder', 'data_root', 'choose_device', 'choose_precision', 'canvas', 'show']
+           'replacing', 'fresh_folder', 'cache_root', 'data_root', 'choose_device', 'choose_precision', 'canvas',
+           'show']
 
 # %% ../nbs/0_start/01_config.ipynb #9193b118
 import difflib
@@ -33,13 +34,13 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #61b38a9b
+# %% ../nbs/0_start/01_config.ipynb #c63d023e
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
     "data": {"eight_gaussians": "toys", "two_gaussians": "toys", "grid_gaussians": "toys", "two_moons": "toys", "circles": "toys",
              "swiss_roll": "toys", "checkerboard": "toys", "pinwheel": "toys", "spirals": "toys", "word": "toys"},
-    "pictures": {"digits": "digits", "cifar10": "cifar10", "latents": "latents"},
+    "pictures": {"digits": "digits", "cifar10": "cifar10", "latents": "latents", "imagenette": "imagenet"},
     "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet", "dit": "dit"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "staged": "objectives", "reflow": "objectives", "regression": "objectives"},
@@ -51,8 +52,9 @@ CATALOGUE = {
     "sampler": {"renoise": "sampling", "jump": "sampling"},
     "reader": {"published": "published"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
-    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10"},
+    "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10", "scenes": "imagenet", "efficientnet-lite0": "imagenet"},
     "autoencoder": {"blocks": "latents", "light": "latents", "sd-vae-ft-mse": "latents", "sd-vae-ft-ema": "latents"},
+    "decoder": {"latents": "latents", "imagenette": "imagenet"},
     "score": {"frechet": "metrics", "kid": "metrics", "precision_recall": "metrics"},
 }
 _registered = {}
@@ -135,7 +137,7 @@ def describe(component) -> dict:   # {"name": ..., option: value}, plain enough 
     plain = lambda value: describe(value) if is_dataclass(value) or hasattr(value, "spec") else list(value) if isinstance(value, tuple) else value
     return {"name": component.registered_name} | {f.name: plain(getattr(component, f.name)) for f in fields(component) if f.init}
 
-# %% ../nbs/0_start/01_config.ipynb #fef5187d
+# %% ../nbs/0_start/01_config.ipynb #f69fb199
 @dataclass
 class Config:
     "Everything that a run needs to be repeated. Raises InputError for a value of the wrong type or range."
@@ -152,7 +154,7 @@ class Config:
     optimiser: str = "adamw"                # "adamw" or "radam"
     learning_rate: float = 2e-3             # peak of the learning rate
     warmup: int = 100                       # steps over which it rises
-    decay: str = "cosine"                   # how it falls to zero: "cosine", "linear" or "constant"
+    decay: str = "cosine"                   # how it falls to zero: "cosine", "linear", "quadratic", or "constant"
     betas: tuple = (0.9, 0.99)              # of the optimiser
     weight_decay: float = 0.0               # of the optimiser, decoupled
     clip: float | None = None               # largest gradient norm, if any
@@ -185,10 +187,10 @@ def check_config(config):
         if getattr(config, name) not in known: raise unknown(words, getattr(config, name), known)
     if config.batch % config.accumulate: raise InputError(f"Configuration: a batch of {config.batch} cannot be cut into {config.accumulate} equal micro-batches. Choose a batch that is a multiple of accumulate.")
 
-# %% ../nbs/0_start/01_config.ipynb #f40b60d8
+# %% ../nbs/0_start/01_config.ipynb #52c179e4
 RANGES = {"steps": (1, 10**9), "minutes": (0.001, 1e7), "seconds": (0.1, 1e9), "batch": (1, 10**7), "accumulate": (1, 10**6), "threads": (1, 4096), "log_every": (1, 10**9), "learning_rate": (0, 100), "warmup": (0, 10**9), "weight_decay": (0, 100),
           "clip": (0, 1e9), "ema": (0, 1), "seed": (0, 2**63 - 1), "checkpoint_every": (1, 10**9)}
-DECAYS, OPTIMISERS, PRECISIONS, LENGTHS = ("cosine", "linear", "constant"), ("adamw", "radam"), ("float32", "bfloat16", "auto"), ("steps", "minutes", "seconds")
+DECAYS, OPTIMISERS, PRECISIONS, LENGTHS = ("cosine", "linear", "quadratic", "constant"), ("adamw", "radam"), ("float32", "bfloat16", "auto"), ("steps", "minutes", "seconds")
 
 # %% ../nbs/0_start/01_config.ipynb #864fea17
 def read_yaml(source) -> dict:   # path of a file, or text that holds a line break or a colon
@@ -271,12 +273,15 @@ def fresh_folder(folder,              # where a run is to be written
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../nbs/0_start/01_config.ipynb #c0e4cb2f
+# %% ../nbs/0_start/01_config.ipynb #378f9167
+def cache_root() -> Path:
+    "The user's folder for what can be made again: $XDG_CACHE_HOME/soflow_edu, else ~/.cache/soflow_edu."
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soflow_edu"
+
 def data_root() -> Path:
     "The folder that holds data sets: $SOFLOW_DATA, else ./data, else the user's cache. Raises InputError if it is a file, or if SOFLOW_DATA names no folder."
     given = os.environ.get("SOFLOW_DATA")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soflow_edu"
-    root = Path(given) if given else Path("data") if Path("data").is_dir() else cache
+    root = Path(given) if given else Path("data") if Path("data").is_dir() else cache_root()
     if root.is_file(): raise InputError(f"The data root {root} is a file, but a folder was expected. Set SOFLOW_DATA to the folder that holds the data sets.")
     if given and not root.is_dir(): raise InputError(f"SOFLOW_DATA names {root}, which does not exist. Make the folder, or unset the variable to use ./data.")
     return root

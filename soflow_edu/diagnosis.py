@@ -496,7 +496,7 @@ def open_run(folder) -> Run:
     return resume_run(folder) if (Path(folder) / "checkpoint.safetensors").is_file() else load_run(folder)
 def same(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #b89020e8
+# %% ../nbs/1_plane/15_diagnosis.ipynb #6714992b
 def prepare(model, flow, data, x1, y, count, seed) -> Probe:
     "The probe of a model. Raises InputError if the shape of the data is unknown, or if what was given does not fit."
     labelled = getattr(model, "conditional", False) and y is None and not isinstance(data, torch.Tensor)
@@ -506,18 +506,22 @@ def prepare(model, flow, data, x1, y, count, seed) -> Probe:
     if data is not None and not hasattr(data, "sample"): raise InputError(f"The data are a {type(data).__name__}. Give points (N, ...), or anything with sample(n, generator).")
     g = torch.Generator().manual_seed(seed)
     shape = x1.shape[1:] if x1 is not None else source.sample(1, g)[0].shape[1:] if source is not None else shape_of(model)
-    x1 = torch.randn(4 * count, *shape, generator=g) if x1 is None else x1
+    if x1 is None:
+        x1, classes = torch.randn(4 * count, *shape, generator=g), getattr(getattr(model, "net", None), "classes", 0)
+        if source is None and y is None and classes: y = torch.arange(len(x1)) % classes
     if source is not None and source.sample(1, g)[0].shape[1:] != shape: raise InputError(f"The noise has shape {tuple(x1.shape)}, but the data (B, {', '.join(map(str, source.sample(1, g)[0].shape[1:]))}). Give noise of the shape of the data.")
     if y is not None and len(y) != len(x1): raise InputError(f"There are {len(y)} labels for {len(x1)} noises. Give one for each.")
     device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else x1.device
     return Probe(model, flow, source, x1.to(device), None if y is None else y.to(device), count, seed, labelled)
 
-# %% ../nbs/1_plane/15_diagnosis.ipynb #eea962ef
+# %% ../nbs/1_plane/15_diagnosis.ipynb #ae17d86c
 def shape_of(model) -> tuple:
-    "The shape of the points that a network for the plane takes. Raises InputError for networks that do not say."
-    options = getattr(getattr(model, "net", None), "options", {})
-    if "dim" not in options: raise InputError("Nothing tells the shape of the data. Give noise: diagnose(model, x1=torch.randn(64, ...)), or data.")
-    return (options["dim"],)
+    "The shape of one sample, as the options of the network say it. Raises InputError for networks that do not."
+    net = getattr(model, "net", None)
+    options = net.spec() if hasattr(net, "spec") else getattr(net, "options", {})
+    if "dim" in options: return (options["dim"],)
+    if {"channels", "size"} <= options.keys(): return (options["channels"], options["size"], options["size"])
+    raise InputError("Nothing tells the shape of the data. Give noise: diagnose(model, x1=torch.randn(64, ...)), or data.")
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #97c3b8de
 def report_run(folder) -> Diagnosis:   # the folder of a run

@@ -4,8 +4,9 @@
 __all__ = ['ENDINGS', 'SCALE', 'HUB', 'LATENT_FILE', 'PLAN', 'ImageFolder', 'image_folder', 'centre_crop', 'read_picture',
            'Autoencoder', 'Blocks', 'Light', 'Diffusers', 'open_autoencoder', 'psnr', 'new_latent_file', 'take_room',
            'hdf5', 'RowFile', 'rows_in_place', 'Plan', 'read_row', 'encode_part', 'read_plan', 'check_plan',
-           'LatentFile', 'find_latents', 'open_latents', 'begin_encoding', 'clear', 'mark_of', 'read_mark', 'fill',
-           'finish_encoding', 'with_rows', 'led', 'alone', 'encode', 'wait_for_parts', 'LatentReader', 'Latents']
+           'LatentFile', 'find_latents', 'open_latents', 'begin_encoding', 'finished', 'clear', 'mark_of', 'read_mark',
+           'fill', 'finish_encoding', 'with_rows', 'led', 'alone', 'encode', 'wait_for', 'LatentReader', 'Latents',
+           'decoder_of_latents']
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #19343432
 import csv
@@ -71,7 +72,7 @@ def read_picture(path, size: int) -> torch.Tensor:   # (3, size, size) in [-1, 1
 # %% ../nbs/3_imagenet/02_latents.ipynb #c9e24b90
 SCALE = 0.18215   # by which latents of Stable Diffusion 1 are multiplied
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #8c3ac256
+# %% ../nbs/3_imagenet/02_latents.ipynb #0995bfff
 class Autoencoder:
     "What encoding and decoding need: `encode` (B, 3, 8n, 8n) in [-1, 1] -> mean, std (B, 4, n, n); `decode` (B, 4, n, n) -> (B, 3, 8n, 8n)."
     name = ""        # by which `open_autoencoder` finds it
@@ -79,6 +80,10 @@ class Autoencoder:
     factor = 8       # pixels along an edge for one number of the latent
     least = 8        # smallest picture, in pixels along an edge
     scale = SCALE    # by which its latents are multiplied for a network
+
+    def pictures(self, z, batch: int = 16) -> torch.Tensor:   # (N, 4, n, n) as a network makes them -> (N, 3, 8n, 8n) in [-1, 1]
+        "The pictures of latents that were multiplied by `scale`, decoded a few at a time."
+        return torch.cat([self.decode(part / self.scale) for part in z.split(batch)]).clamp(-1, 1)
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #9ed85751
 @register("autoencoder", "blocks")
@@ -327,11 +332,11 @@ def open_latents(path, growing: bool = False) -> LatentFile:   # the path of a f
     if labels.min() < 0: raise InputError(f"{path} has labels from {labels.min()}, but classes are counted from 0. Make it again.")
     return LatentFile(path, labels, expected, attributes)
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #b0a7b806
+# %% ../nbs/3_imagenet/02_latents.ipynb #543002fb
 def begin_encoding(plan: Plan, coder: Autoencoder, out: Path) -> bool:   # whether there is anything to do
     "Lays down plan and empty file unless they are there, and removes what a finished call left. Raises InputError if the folder holds another file, or work with another plan."
     work, done = out / "encoding", {"autoencoder": plan.autoencoder, "size": plan.size, "classes": json.dumps(plan.classes), "scale": coder.scale}
-    shutil.rmtree(out / ".encoded", ignore_errors=True)                 # what a kill has left
+    shutil.rmtree(finished(work), ignore_errors=True)                   # what a kill has left
     for path in out.glob(".unreadable.csv.*"): path.unlink()
     old = read_plan(work)
     if old: check_plan(old, plan, work)
@@ -349,12 +354,14 @@ def begin_encoding(plan: Plan, coder: Autoencoder, out: Path) -> bool:   # wheth
         with replacing(work / PLAN) as path: path.write_text(json.dumps(asdict(plan)), encoding="utf-8")
     return True
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #4c5c66ee
+# %% ../nbs/3_imagenet/02_latents.ipynb #36195e5c
+def finished(work: Path) -> Path: return work.with_name(f".{work.name}-done")
+
 def clear(work: Path):
     "Removes the folder of finished work, whole or not at all: half of it would look like work to go on with."
     if not work.exists(): return
-    os.replace(work, work.with_name(".encoded"))
-    shutil.rmtree(work.with_name(".encoded"))
+    os.replace(work, finished(work))
+    shutil.rmtree(finished(work))
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #b5915d24
 def mark_of(work: Path, k: int) -> Path: return work / f"part-{k:07d}.json"
@@ -422,7 +429,7 @@ def led(action, device):   # -> what the action returned, on the first process; 
     if failed: raise SystemExit(2)
     return result
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #c96a7a18
+# %% ../nbs/3_imagenet/02_latents.ipynb #4dfa9864
 @contextmanager
 def alone(out: Path):
     "Keeps other calls away from a folder, also those on other machines if its file system allows. Raises InputError if another one is at work; a process that dies gives the folder free."
@@ -434,11 +441,11 @@ def alone(out: Path):
     handle = os.open(out, os.O_RDONLY)
     try:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise InputError(f"Another call is encoding into {out} right now. Wait for it, or choose another folder.") from None
+        except OSError: raise InputError(f"Another call is writing into {out} right now. Wait for it, or choose another folder.") from None
         yield
     finally: os.close(handle)
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #da4e9606
+# %% ../nbs/3_imagenet/02_latents.ipynb #deac97c9
 def encode(images,                                   # an image folder
            out,                                      # folder for the latent file
            autoencoder: str = "sd-vae-ft-mse",       # registered name, or a folder that diffusers saved
@@ -463,18 +470,18 @@ def encode(images,                                   # an image folder
         rows.opened(os.O_RDWR)
         agree([0.0], "max", device)                                     # nobody finishes before all have opened the file
         fill(plan, coder, work, left, rows, batch, workers, bar)
-        wait_for_parts(plan, work, rank)
+        wait_for([mark_of(work, k) for k in range(plan.parts)], rank)
         if rank == 0: finish_encoding(plan, work, out, skip_broken)
     return out / LATENT_FILE
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #24d32ca6
-def wait_for_parts(plan: Plan, work: Path, rank: int):
-    "Waits until no part is without a mark. The first process says every minute what it waits for; the others wait for nothing."
+# %% ../nbs/3_imagenet/02_latents.ipynb #94bf910a
+def wait_for(paths: list, rank: int):
+    "Waits until all files are there. The first process says every minute what it waits for; the others wait for nothing."
     start, told = time.perf_counter(), 0
-    while rank == 0 and (lacking := [k for k in range(plan.parts) if not mark_of(work, k).exists()]):
+    while rank == 0 and (lacking := [path.name for path in paths if not path.exists()]):
         if time.perf_counter() - start > 60 * (told + 1):
             told += 1
-            print(f"waiting for {len(lacking)} parts of other processes, the first is number {lacking[0]}")
+            print(f"waiting for {len(lacking)} parts of other processes: {listed(lacking)}")
         time.sleep(0.05 + 0.001 * len(lacking))
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #1e482d7a
@@ -528,3 +535,12 @@ class Latents:
     def sample(self, n: int, generator) -> tuple:   # (n, channels, size, size), (n,)
         rows = torch.randint(len(self), (n,), generator=generator)
         return self.drawn(rows.numpy(), generator), self.labels[rows]
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #6c675834
+@register("decoder", "latents")
+def decoder_of_latents(path: str = "imagenet_latent", threads: int = 4, autoencoder: str = "", device: str = "auto"):   # -> latents (N, ...) -> pictures (N, 3, H, W) in [-1, 1]
+    "The decoder for a data set of latents. Raises InputError if neither the file nor the call says which autoencoder it takes."
+    if not autoencoder:
+        autoencoder = Latents(path).file.attributes.get("autoencoder")
+        if not autoencoder: raise InputError(f"The latents {path} do not say by which autoencoder they were made. Name it: --autoencoder sd-vae-ft-mse, for example.")
+    return open_autoencoder(autoencoder, device).pictures

@@ -4,13 +4,13 @@
 __all__ = ['KEYS', 'UNUSED', 'PATHS', 'COEFFICIENTS', 'SCHEDULES', 'OPTIMISERS', 'NETWORKS', 'NEEDED', 'PARTS', 'PREFIXES',
            'OUTPUTS', 'SCALARS', 'GIVEN', 'META', 'PLAIN_PATHS', 'PLAIN_COEFFICIENTS', 'LIMITS', 'SHORT', 'number',
            'whole', 'several', 'choice', 'objective_of', 'data_of', 'read_published', 'read_checkpoint', 'own_name',
-           'expected', 'misfits', 'averaged', 'in_words', 'import_published', 'Numbers', 'read_numbers', 'check_meta',
-           'check_numbers', 'plain_guidance', 'restated', 'summary', 'published_quotient', 'ours', 'target_of',
-           'unet_options', 'dit_options', 'options_of', 'model_of', 'Compared', 'group_of', 'limit_of', 'relative',
-           'compared', 'write_numbers', 'read_json', 'schedule_rows', 'shape_rows', 'file_rows', 'parity', 'passed',
-           'parity_table']
+           'expected', 'misfits', 'averaged', 'in_words', 'import_published', 'Microscope', 'microscope', 'Numbers',
+           'read_numbers', 'check_meta', 'check_numbers', 'plain_guidance', 'restated', 'summary', 'published_quotient',
+           'ours', 'target_of', 'unet_options', 'dit_options', 'options_of', 'model_of', 'Compared', 'group_of',
+           'limit_of', 'relative', 'compared', 'write_numbers', 'read_json', 'schedule_rows', 'shape_rows', 'file_rows',
+           'parity', 'passed', 'parity_table']
 
-# %% ../nbs/3_imagenet/04_published.ipynb #81cfd6ca
+# %% ../nbs/3_imagenet/04_published.ipynb #fb40e855
 import json
 import math
 import re
@@ -21,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, InputError, build, describe, fresh_folder, read_text, read_yaml, register, replacing, unknown
+from .config import Config, InputError, build, choose_device, describe, fresh_folder, read_text, read_yaml, register, replacing, unknown
 from .consistency import Rows, SoFlow, look_ahead, surrogate, towards, velocity_loss
+from .diagnosis import shape_of
+from .digits import show_pictures
 from .guidance import Guided, GuidanceScale
+from .ladder import class_names, decoder_of
 from .objectives import one_thread
+from .odes import integrate
 from .solution import SolutionModel
-from .training import Run, fit, save_run
+from .training import Run, fit, generator_of, save_run, trained
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ce867e90
 KEYS = {"noising_type": "path", "coefficient_type": "coefficients", "model_type": "network, data, optimiser", "dataset_path": "path of the latents", "dataset_type": "must suit model_type", "data_size": "must suit model_type",
@@ -183,6 +187,56 @@ def import_published(checkpoint,     # a published torch file, such as 400000.pt
     ema = {f"net.{name}": value for name, value in averaged(content, config.network, checkpoint).items()}
     with torch.device("meta"): model = SolutionModel(build("network", config.network), config.path, config.coefficients)
     return save_run(fresh_folder(out), Run(model, config, ema, step=step, steps=max(step, config.steps), objective=describe(build("objective", config.objective))))
+
+# %% ../nbs/3_imagenet/04_published.ipynb #14be7c76
+@dataclass
+class Microscope:
+    "What a map makes of the same noise at falling s, beside the model's own ODE."
+    times: tuple              # of s
+    maps: torch.Tensor        # (times, n, ...) f(x1, 1, s)
+    states: torch.Tensor      # (times, n, ...) of the ODE
+    evaluations: int          # that the ODE took
+    pictures: object          # what makes pictures of samples
+    words: list               # a word for each of the n
+
+    @property
+    def distance(self) -> torch.Tensor:   # (times, n)
+        "RMS of the difference over RMS of the state, for each time and sample."
+        size = lambda x: x.flatten(2).pow(2).mean(2).sqrt()
+        return size(self.maps - self.states) / size(self.states)
+
+    @property
+    def table(self) -> str:
+        lines = [f"f(x1, 1, s) beside the model's own ODE (dopri5, {self.evaluations} evaluations), {self.maps.shape[1]} samples", f"{'s':>5s}{'median distance':>18s}{'largest':>10s}"]
+        return "\n".join(lines + [f"{s:5.2f}{row.median():18.4f}{row.max():10.4f}" for s, row in zip(self.times, self.distance)])
+
+    def figure(self):
+        "For each time the pictures of the map above those of the ODE."
+        x = torch.stack([self.maps, self.states], 1).flatten(0, 2)
+        rows = [word for s in self.times for word in (f"f(x1, 1, {s:g})", f"ODE at {s:g}")]
+        return show_pictures(self.pictures(x), self.words, rows, self.maps.shape[1], 0.75)
+
+# %% ../nbs/3_imagenet/04_published.ipynb #7079de5f
+@torch.no_grad()
+def microscope(run: Run,                           # of pictures or latents
+               count: int = 8,                     # samples
+               times: tuple = (0.8, 0.6, 0.4, 0.2, 0.0),   # of s, falling
+               seed: int = 0, rtol: float = 1e-3,  # tolerance of the ODE
+               autoencoder: str = "",              # another one than that of the data
+               device: str = "auto") -> Microscope:
+    "A map under the microscope. Raises InputError for times that do not fall from below 1 to 0, and for a map of the plane."
+    if not all(1 > a > b for a, b in zip(times, times[1:])) or times[-1] < 0 or count < 1: raise InputError(f"times are {times} and count is {count}, but times must fall, from below 1 to 0 at the lowest, and at least one sample is needed.")
+    if len(shape_of(run.model)) == 1: raise InputError("This run is a map of the plane, which soflow diagnose and soflow evaluate compare with its exact flow. The microscope is for pictures.")
+    device, words = choose_device(device), class_names(run)
+    model, y = trained(run).to(device), torch.arange(count, device=device) % len(words) if words else None
+    x = x1 = torch.randn(count, *shape_of(run.model), generator=generator_of(seed, 0)).to(device)
+    maps, states, evaluations, before = [], [], 0, 1.0
+    for s in times:
+        leg = integrate(model, x, before, s, y, rtol=rtol, atol=rtol)
+        x, before, evaluations = leg.x, s, evaluations + leg.evaluations
+        states.append(x.cpu())
+        maps.append(model(x1, torch.ones(count, device=device), torch.full((count,), float(s), device=device), y).cpu())
+    return Microscope(tuple(times), torch.stack(maps), torch.stack(states), evaluations, decoder_of(run, autoencoder, str(device)), [words[k] for k in y.tolist()] if words else [])
 
 # %% ../nbs/3_imagenet/04_published.ipynb #181abd23
 OUTPUTS = ("F(x1,t,s)", "f(x1,t,s)", "velocity(x1,t)", "f(x1,1,0)")

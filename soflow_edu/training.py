@@ -57,11 +57,11 @@ def generator_of(seed: int, step: int, rank: int = 0, micro: int = 0, stream: in
     "The generator of one use in one step: all its random numbers follow from (seed, step, rank, micro-batch, stream)."
     return torch.Generator(device).manual_seed(number_of(seed, step, rank, micro, stream))
 
-# %% ../nbs/1_plane/10_training.ipynb #0e538eb1
+# %% ../nbs/1_plane/10_training.ipynb #22a67cbf
 def rate_at(step: int, steps: int, config: Config) -> float:   # factor in [0, 1]
     "The learning rate of a step, as a share of its peak."
     progress, rise = step / steps, min(1.0, (step + 1) / max(1, config.warmup))
-    return rise * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[config.decay]
+    return rise * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "quadratic": (1 - progress)**2, "constant": 1.0}[config.decay]
 
 # %% ../nbs/1_plane/10_training.ipynb #52ec4d5a
 @torch.no_grad()

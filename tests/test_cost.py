@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional
 
 from soflow_edu.config import InputError, load_config
 from soflow_edu.consistency import SoFlow
-from soflow_edu.cost import StepTimes, bench_step, noise_for, restated_loss, restated_step, step_config, step_table, write_times, written_out
+from soflow_edu.cost import Noise, StepTimes, bench_step, one_by_one, restated_loss, restated_step, step_config, step_table, write_times, written_out
+from soflow_edu.dit import Attention
 from soflow_edu.flow_matching import Batch
 from soflow_edu.training import assemble, begin, generator_of, gradient, number_of
 from soflow_edu.unet import AttentionBlock
@@ -30,17 +32,19 @@ def test_the_published_settings():
 
 def test_attention_written_out_equals_packed_and_is_put_back():
     block, x, e = awake(AttentionBlock(8, 8, 16)), torch.randn(2, 8, 4, 4), torch.randn(2, 16)
-    packed, before = block(x, e), AttentionBlock.attend
+    tokens, other = awake(Attention(16, 2)), torch.randn(2, 5, 16)
+    packed, also, before = block(x, e), tokens(other), functional.scaled_dot_product_attention
     with written_out():
-        assert AttentionBlock.attend is not before
+        assert functional.scaled_dot_product_attention is not before
         torch.testing.assert_close(block(x, e), packed)
-    assert AttentionBlock.attend is before
+        torch.testing.assert_close(tokens(other), also)
+    assert functional.scaled_dot_product_attention is before
 
 
 def test_the_restated_consistency_loss_has_half_our_gradient_with_the_same_dropout():
     config, gradients = step_config(SMALL, 8), {}
     model, objective = assemble(config)
-    data = noise_for(model.net.options)
+    data = Noise(model.net.options)
     for name in ("ours", "restated"):
         run = begin(awake(assemble(config)[0]), objective, config)
         if name == "ours": gradient(run, objective, data, 0, 8)
@@ -69,10 +73,44 @@ def test_a_restated_step_moves_weights_and_average():
     model, objective = assemble(config)
     run = begin(model, objective, config)
     before = {name: value.clone() for name, value in run.ema.items()}
-    restated_step(run, objective, noise_for(model.net.options))
+    restated_step(run, objective, Noise(model.net.options))
     assert run.step == 1 and any(not torch.equal(before[name], run.ema[name]) for name in before)
     name = "net.dec.8x8_aux_conv.weight"
     torch.testing.assert_close(run.ema[name], before[name].lerp(model.state_dict()[name], 1e-4))
+
+
+TRANSFORMER = {"name": "dit", "size": 8, "patch": 2, "width": 32, "depth": 2, "heads": 2, "classes": 5}
+
+
+@pytest.mark.parametrize(("lam", "factor"), [(0.0, 2), (1.0, 1)])
+def test_the_restated_guided_loss_has_our_gradient(lam, factor):
+    config = step_config(TRANSFORMER, 8)
+    assert config.objective["target"] == {"name": "guided", "w": 3.0, "m": 0.25, "decay": 0.8, "drop": 0.1} and config.precision == "float32"
+    config.objective |= {"lam": lam, "schedule": {"name": "constant", "r_end": 0.5}}
+    model, objective = assemble(config)
+    awake(model)
+    run, (x0, y) = begin(model, objective, config), Noise(model.net.options).sample(8, generator_of(config.seed, 0))
+    draws = objective.draw(Batch(x0, y), 0.0, torch.Generator().manual_seed(1))
+    draws.dropped[:2], draws.dropped[-2:] = True, torch.tensor([False, True])             # rows of both kinds in both parts
+    ours = torch.autograd.grad(objective.loss(model, Batch(x0, y), draws, 0.0).value, list(model.parameters()), allow_unused=True)
+    with written_out(): theirs = torch.autograd.grad(restated_loss(run.model, objective, Batch(x0, y), draws, 0), list(model.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs):
+        if a is not None: torch.testing.assert_close(a, factor * b, rtol=1e-3, atol=1e-5 * max(g.abs().max().item() for g in ours if g is not None))
+
+
+def test_an_optimiser_that_goes_one_by_one_steps_alike():
+    for network in (SMALL, TRANSFORMER):
+        config, moved = step_config(network, 2), []
+        for plain in (False, True):
+            model, objective = assemble(config)
+            run = begin(awake(model), objective, config)
+            if plain: run.optimiser = one_by_one(run.optimiser)
+            for _ in range(2):
+                for p in model.parameters(): p.grad = p.detach().cos()
+                run.optimiser.step()
+            moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        torch.testing.assert_close(*moved)
+        assert run.optimiser.param_groups[0]["foreach"] is False and not run.optimiser.param_groups[0].get("fused")
 
 
 def test_rows_and_table(tmp_path):

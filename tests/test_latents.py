@@ -195,7 +195,7 @@ def test_the_second_process_does_its_share(images, tmp_path):
 def test_a_second_call_beside_a_living_one_is_refused(images, tmp_path):
     with alone(tmp_path):
         job = encoding(images, tmp_path)
-        assert "Another call is encoding" in " ".join(job.communicate()[1].split()) and job.returncode == 2
+        assert "Another call is writing" in " ".join(job.communicate()[1].split()) and job.returncode == 2
     again(images, tmp_path)
 
 
