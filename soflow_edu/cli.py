@@ -164,7 +164,7 @@ def train(config: str, changes: tuple[str, ...] = (), /, out: str = "", resume: 
     describe_run(run, out)
     leave_processes()
 
-# %% ../nbs/4_practice/02_command_line.ipynb #64d0bb3a
+# %% ../nbs/4_practice/02_command_line.ipynb #de4417f2
 def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: str = "", sampler: str = "", seed: int = 0, device: str = "auto", autoencoder: str = ""):
     """Draw samples of a run, into a sheet of pictures or an .npz file for evaluators. An .npz is gone on with where an earlier call was stopped; started by torchrun, each process makes its part.
 
@@ -174,7 +174,7 @@ def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: s
         count: Number of samples.
         grid: A .png file for a sheet of the first pictures, at most 500.
         npz: An .npz file for the samples: uint8 (N, H, W, C) as arr_0.
-        sampler: renoise or jump; what suits the run if not given.
+        sampler: renoise, jump or shifted_jump; what suits the run if not given.
         seed: The same seed gives the same samples.
         device: Where to compute: auto, cpu, cuda, ...
         autoencoder: What makes pictures of latents, if another one than that of the data.
@@ -186,7 +186,7 @@ def sample(run: str, /, steps: int = 1, count: int = 100, grid: str = "", npz: s
     except KeyboardInterrupt: raise KeyboardInterrupt("stopped; the same command goes on where it was" if npz else "") from None
     leave_processes()
 
-# %% ../nbs/4_practice/02_command_line.ipynb #fba8c7d3
+# %% ../nbs/4_practice/02_command_line.ipynb #7c805627
 def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 2000, features: str = "", part: str = "test", sampler: str = "", seed: int = 0, device: str = "auto", autoencoder: str = "", json: str = ""):
     """Judge a run or a file of samples, and compare the numbers with what is expected.
 
@@ -197,7 +197,7 @@ def evaluate(source: str, /, against: str = "", steps: int = 1, count: int = 200
         count: Number of samples.
         features: What judges the pictures: inception, resnet56, efficientnet-lite0, digits; that of the data set if not given.
         part: test, the held-out pictures, or train, as published FIDs have it.
-        sampler: renoise or jump; what suits the run if not given.
+        sampler: renoise, jump or shifted_jump; what suits the run if not given.
         seed: The same seed gives the same samples.
         device: Where to compute: auto, cpu, cuda, ...
         autoencoder: What makes pictures of latents, if another one than that of the data.

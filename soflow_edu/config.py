@@ -34,7 +34,7 @@ def unknown(kind: str,    # what was looked up, in words: "data set", "solver"
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind}: {given!r}.{hint} Known: {', '.join(known)}.")
 
-# %% ../nbs/0_start/01_config.ipynb #c63d023e
+# %% ../nbs/0_start/01_config.ipynb #4218bee0
 CATALOGUE = {
     "path": {"linear": "paths", "trigonometric": "paths"},
     "times": {"uniform": "paths", "logit_normal": "paths", "published": "paths", "corner": "paths"},
@@ -49,7 +49,7 @@ CATALOGUE = {
                "evaluations": "comparing", "trajectories": "comparing", "distance_maps": "cifar10"},
     "schedule": {"constant": "consistency", "linear": "consistency", "cosine": "consistency", "exponential": "consistency"},
     "target": {"conditional": "consistency", "own": "consistency", "batch": "consistency", "exact": "consistency", "guided": "guidance"},
-    "sampler": {"renoise": "sampling", "jump": "sampling"},
+    "sampler": {"renoise": "sampling", "jump": "sampling", "shifted_jump": "sampling"},
     "reader": {"published": "published"},
     "study": {"objectives": "objectives", "recipe": "objectives", "questions": "questions"},
     "features": {"digits": "digits", "resnet56": "metrics", "inception": "metrics", "random_filters": "cifar10", "scenes": "imagenet", "efficientnet-lite0": "imagenet"},
