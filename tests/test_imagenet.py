@@ -13,7 +13,7 @@ import torch
 from soflow_edu import imagenet
 from soflow_edu.config import InputError, build, describe, load_config, make_config
 from soflow_edu.distributions import law_of
-from soflow_edu.imagenet import imagenette, join_parts, sample_npz, scenes_folder, write_sheet
+from soflow_edu.imagenet import imagenette, join_parts, sample_npz, scenes_folder, write_samples, write_sheet
 from soflow_edu.ladder import changed, class_names, decoder_of, evaluate_run, map_of, sample_run, sampler_of
 from soflow_edu.latents import alone, encode
 from soflow_edu.metrics import as_uint8, read_npz
@@ -192,6 +192,15 @@ def test_a_sheet_has_a_column_for_each_class(folder, tmp_path):
     assert sheet.shape[1] > columns * 64 and sheet.shape[0] > 2 * 64
     top = sheet[:sheet.shape[0] // 12, :, :3]
     assert (top.min(2) < 0.5).sum() > 100                                                  # words stand above the pictures
+
+
+def test_only_the_first_of_several_processes_writes_a_sheet(folder, tmp_path, monkeypatch):
+    "A process knows its rank once it has joined the others."
+    joined = []
+    monkeypatch.setattr("soflow_edu.imagenet.join_processes", joined.append)
+    monkeypatch.setattr("soflow_edu.imagenet.processes", lambda: (len(joined), 2))
+    write_samples(folder, 3, 1, "", 0, "cpu", str(tmp_path / "sheet.png"), "")
+    assert joined == ["cpu"] and not (tmp_path / "sheet.png").exists()
 
 
 def test_a_damaged_picture_is_named(tmp_path, home):

@@ -8,13 +8,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
+from soflow_edu import unet
 from soflow_edu.config import InputError, build, describe, make_config
 from soflow_edu.consistency import Rows, SoFlow, difference_quotient, look_ahead, surrogate, velocity_loss
 from soflow_edu.distributions import FiniteSet
 from soflow_edu.flow_matching import Batch
 from soflow_edu.solution import SolutionModel
 from soflow_edu.training import assemble, load_run, train, trained
+from soflow_edu.unet import Conv
 
 PARITY = Path(__file__).parent / "parity"
 TINY = {"name": "unet", "size": 16, "width": 16, "multipliers": [2, 2], "blocks": 1, "attention": [8], "dropout": 0.0, "augment": 6}
@@ -226,6 +229,69 @@ def test_compiled_network_gives_the_same_answer_and_gradients():
         gradients.append([answer.detach(), *(p.grad.clone() for p in net.parameters())])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- fewer multiplications
+WIDE = TINY | {"width": 128, "multipliers": [1], "blocks": 1, "attention": []}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    "How often `pays` said yes."
+    yes, pays = [], unet.pays
+    monkeypatch.setattr(unet, "pays", lambda x, weight: pays(x, weight) and not yes.append(x.shape))
+    return yes
+
+
+def answers_of(net, x, t, d):
+    net.zero_grad()
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = net(x, t, d)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+def test_winograd_gives_the_answers_and_gradients_of_the_library(counted, monkeypatch):
+    net = awake(build("network", WIDE)).to(memory_format=torch.channels_last)
+    x, t, d = inputs(net)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(): first = net(x, t, d)                 # scratch memory made here must serve a training, too
+    ours, taken = answers_of(net, x, t, d), len(counted)
+    assert taken == 20 and torch.equal(first, ours[0])
+    monkeypatch.setattr(unet, "pays", lambda x, weight: False)
+    library = answers_of(net, x, t, d)
+    assert len(counted) == taken and not torch.equal(ours[0], library[0]) and max(relative(a, b) for a, b in zip(ours, library)) < 3e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 32, 32), (9, 160, 16, 30), (3, 128, 24, 16)])       # more and less than the pixels of one part
+def test_winograd_in_parts(shape):
+    x, w = torch.randn(shape).permute(0, 2, 3, 1).contiguous().requires_grad_(), torch.randn(130, shape[1], 3, 3, requires_grad=True)
+    slope = torch.randn(*x.shape[:3], 130)
+    library = functional.conv2d(x.double().permute(0, 3, 1, 2), w.double(), padding=1).permute(0, 2, 3, 1)
+    ours = unet.winograd(x, w)
+    assert relative(ours, library) < 2e-6
+    for a, b in zip(torch.autograd.grad(ours, (x, w), slope), torch.autograd.grad(library, (x, w), slope.double())): assert relative(a, b) < 2e-6
+
+
+def test_where_winograd_cannot_be_taken_the_library_is(counted):
+    conv = Conv(128, 128).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    conv(x)
+    assert len(counted) == 1
+    value, slope = torch.func.jvp(conv, (x,), (x,))                    # linear but for its bias
+    torch.testing.assert_close(slope, value - conv.bias[:, None, None])
+    with torch.autocast("cpu", torch.bfloat16): assert conv(x).dtype == torch.bfloat16
+    conv(x.contiguous()), conv(x[:, :, :8, :8].contiguous(memory_format=torch.channels_last)), copy.deepcopy(conv).double()(x.double())
+    assert len(counted) == 1
+
+
+def test_winograd_in_a_compiled_network(counted):
+    conv = Conv(128, 128).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    given, library = torch.compile(conv, backend="aot_eager", fullgraph=True)(x), functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(given, library, atol=1e-4, rtol=1e-4)
+    grads = [torch.autograd.grad(y.square().sum(), conv.weight)[0] for y in (given, library)]
+    assert relative(*grads) < 1e-5 and not torch.equal(*grads)
 
 
 # ---------------------------------------------------------------------------------------------------- in the loop
