@@ -74,8 +74,10 @@ def imported(source: str) -> set:
     "Names of the modules of soflow_edu that a piece of code imports."
     found = set()
     for node in ast.walk(ast.parse(without_magic(source))):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("soflow_edu.")):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 and node.module or (node.module or "").startswith("soflow_edu.")):
             found.add(node.module.removeprefix("soflow_edu."))
+        elif isinstance(node, ast.ImportFrom) and (node.level == 1 or node.module == "soflow_edu"):
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("soflow_edu.")}
     return found

@@ -253,6 +253,7 @@ def write_samples(folder, count: int, steps: int, sampler: str, seed: int, devic
     "Writes samples of a run: all into an .npz, the first onto a sheet, under the names of their classes if there are any."
     for path, ending in ((grid, ".png"), (npz, ".npz")):
         if path and Path(path).suffix != ending: raise InputError(f"{path} does not end in {ending}. Rename it.")
+    join_processes(device)
     if npz: sample_npz(folder, npz, count, steps, sampler, seed, device, autoencoder, bar=True)
     if processes()[0]: return
     if grid: write_sheet(grid, load_run(folder), count, steps, sampler, seed, device, autoencoder)

@@ -396,7 +396,7 @@ def finish_encoding(plan: Plan, work: Path, out: Path, skip_broken: bool):
     if unreadable:
         with replacing(out / "unreadable.csv") as path, path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file: csv.writer(file).writerows([("file", "reason"), *unreadable.items()])
         words = f"{len(unreadable)} of {len(plan.files)} pictures cannot be read: {listed([f'{file} ({reason})' for file, reason in unreadable.items()])}. All are listed in {out / 'unreadable.csv'}."
-        if not skip_broken: raise InputError(f"{words} Mend or remove them and run this again, which keeps what is done; or leave them out with --skip-broken.")
+        if not skip_broken: raise InputError(f"{words} Mend or remove them and run this again, which keeps what is done; or leave them out with --skip-broken of soflow encode.")
         kept = [row for row in range(plan.rows) if plan.file_of(row) not in unreadable]
         if not kept: raise InputError(f"{words} None is left.")
         print(words)

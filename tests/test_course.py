@@ -17,7 +17,7 @@ from soflow_edu.grading import GradingError, grade_course, instructor_cells, per
 ROOT = Path(__file__).parent.parent
 SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
 NAMES = [path.stem for path in SOLVED]
-SECONDS = 8     # a cell of a student, on a busy machine; more where it trains
+SECONDS = 12    # a cell of a student, on a busy machine; more where it trains
 
 
 def soflow(*words):
@@ -103,7 +103,7 @@ def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course)
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)
 def test_reference_is_right_for_every_student(path):
     assignment = read_assignment(path)
-    for identifier in ("ada", "Zoë O'Neill", "12345"):
+    for identifier in ("Zoë O'Neill", "12345"):
         assert played(assignment, identifier, {}) == {q.number: q.points for q in assignment.questions if not q.written}
 
 
