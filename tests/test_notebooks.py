@@ -101,7 +101,7 @@ def test_chapters_import_only_earlier_ones():
         module = re.search(r"#\| default_exp (\w+)", code)
         assert not (late := book.imported(exported) - seen), f"{path.name} exports code that imports {late}, which come later"
         if module:
-            assert not (late := book.imported(code) - seen), f"{path.name} imports {late}, which come later"
+            assert not (late := book.imported(code) - seen - {module[1]}), f"{path.name} imports {late}, which come later"
             seen.add(module[1])
 
 
