@@ -5,9 +5,9 @@ __all__ = ['QUESTION', 'STUB', 'WRITTEN_STUB', 'GUIDES', 'UNUSUAL', 'WRITTEN', '
            'directives', 'role', 'Question', 'Assignment', 'read_assignment', 'add_to', 'check_assignment', 'without',
            'unmarked', 'instructor_cells', 'nbgrader_metadata', 'number', 'student_cells', 'solution_cells', 'rubric',
            'personal', 'TurnedMixture', 'personal_mixture', 'close', 'verdict', 'compared', 'check', 'attempt',
-           'played', 'passes', 'run', 'rehearse', 'course_folder', 'read_course', 'rehearse_all', 'build_course',
-           'beginning', 'names_of', 'stage', 'in_words', 'prelude', 'patient', 'open_nbgrader', 'spaceless',
-           'last_line', 'unusual', 'Result', 'mark', 'read_marks', 'reason', 'feedback', 'read_written',
+           'played', 'passes', 'run', 'names', 'reach', 'rehearse', 'course_folder', 'read_course', 'rehearse_all',
+           'build_course', 'beginning', 'names_of', 'stage', 'in_words', 'prelude', 'patient', 'open_nbgrader',
+           'spaceless', 'last_line', 'unusual', 'Result', 'mark', 'read_marks', 'reason', 'feedback', 'read_written',
            'enter_written', 'submissions_of', 'assignment_of', 'grade_course', 'write_csv', 'write_written',
            'write_results', 'marks_table']
 
@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from symtable import symtable
 
 import torch
 
@@ -310,7 +311,9 @@ def attempt(draw):   # a function without arguments
         print(f"Not yet: this needs answers from above ({type(error).__name__}: {error}).")
 
 # %% ../nbs/4_practice/01_grading.ipynb #f588881b
-def played(assignment: Assignment, identifier: str, answers: dict) -> dict:   # question -> source that takes the place of its answer
+def played(assignment: Assignment, identifier: str,
+           answers: dict,                               # question -> source that takes the place of its answer
+           only=None) -> dict:                          # questions whose tests are run; None for all
     "Points of each code question after running the notebook in this process."
     space, points = {"__name__": "__main__"}, {}
     for cell in assignment.cells:
@@ -320,7 +323,7 @@ def played(assignment: Assignment, identifier: str, answers: dict) -> dict:   # 
         if kind == "identifier": source = f"identifier = {identifier!r}"
         if kind == "answer" and q: source = answers.get(q.number, source)
         if kind == "tests":
-            points[q.number] = q.points * passes(source, space)
+            if only is None or q.number in only: points[q.number] = q.points * passes(source, space)
             continue
         try: run(source, space)
         except Exception as error: raise GradingError(f"Assignment {assignment.name}: a cell stops with {type(error).__name__}: {error}. The cell: {source[:80]!r}") from error
@@ -338,16 +341,40 @@ def run(source: str, space: dict):
     "Runs code in a dictionary of names, and keeps what it prints to itself."
     with contextlib.redirect_stdout(io.StringIO()): exec(compile(source, "<cell>", "exec"), space)
 
+# %% ../nbs/4_practice/01_grading.ipynb #72d2b7ce
+def names(source: str) -> tuple:   # of a cell -> (assigned, used)
+    "The global names that a cell assigns and those that it uses, also inside its functions; none if it is no Python."
+    def tables(table): return [table, *(below for child in table.get_children() for below in tables(child))]
+    try: top = symtable(source, "<cell>", "exec")
+    except SyntaxError: return set(), set()
+    symbols = [(table.get_type() == "module" or symbol.is_global(), symbol) for table in tables(top) for symbol in table.get_symbols()]
+    assigned = {symbol.get_name() for outer, symbol in symbols if outer and (symbol.is_assigned() or symbol.is_imported())}
+    return assigned, {symbol.get_name() for outer, symbol in symbols if outer and symbol.is_referenced()}
+
+# %% ../nbs/4_practice/01_grading.ipynb #5ed14906
+def reach(assignment: Assignment, q: Question) -> set:   # of numbers of questions
+    "The code questions whose tests can see the answer to q: they use a name that it assigns, or one that a later cell makes from it. Changes inside an object are not followed."
+    changed, found, after = set().union(*(names(source)[0] for source in (q.answer["source"], *q.wrong.values()))), {q.number}, False
+    for cell in assignment.cells:
+        after = after or cell is q.answer
+        if not after or cell is q.answer or cell["cell_type"] != "code" or role(cell) == "wrong": continue
+        assigned, used = names(cell["source"])
+        if not used & changed: continue
+        tested = next((other.number for other in assignment.questions if cell is other.tests), None)
+        if tested: found.add(tested)
+        else: changed |= assigned
+    return found
+
 # %% ../nbs/4_practice/01_grading.ipynb #296096a9
 def rehearse(assignment: Assignment, identifier: str = "rehearsal") -> dict:   # name of a run -> {question: points}
     "The marks of the reference, of empty answers, and of each wrong answer alone. Raises GradingError if one is not what it must be."
     code = [q for q in assignment.questions if not q.written]
     full = {q.number: q.points for q in code}
     stub = lambda q: without(q.answer["source"], "SOLUTION", STUB)
-    runs, due = {"reference": {}, "unsolved": {q.number: stub(q) for q in code}}, {"reference": full, "unsolved": dict.fromkeys(full, 0.0)}
+    runs, due = {"reference": ({}, None), "unsolved": ({q.number: stub(q) for q in code}, None)}, {"reference": full, "unsolved": dict.fromkeys(full, 0.0)}
     for q in code:
-        for name, source in q.wrong.items(): runs[f"{q.number}: {name}"], due[f"{q.number}: {name}"] = {q.number: source}, full | {q.number: 0.0}
-    table = {name: played(assignment, identifier, answers) for name, answers in runs.items()}
+        for name, source in q.wrong.items(): runs[f"{q.number}: {name}"], due[f"{q.number}: {name}"] = ({q.number: source}, reach(assignment, q)), full | {q.number: 0.0}
+    table = {name: full | played(assignment, identifier, *run) for name, run in runs.items()}
     if bad := [f"{name!r} got {table[name]} instead of {due[name]}" for name in runs if table[name] != due[name]]: raise GradingError(f"Assignment {assignment.name} does not test what it says: {'; '.join(bad)}.")
     return table
 

@@ -158,22 +158,18 @@ def reveals_nothing(assignment, folder, students):
 
 @pytest.mark.parametrize("path", SOLVED[1:], ids=NAMES[1:])
 def test_marks_of_each_assignment(path, tmp_path):
-    "Every second question wrong, the others wrong, and an empty submission; the first question loops where it is wrong, and the last crashes. The rehearsal in `course` has tried each wrong answer by itself."
+    "Every second question wrong, the others wrong, and an empty submission. The rehearsal in `course` has tried each wrong answer by itself; endless loops and crashes are tried below."
     assignment = read_assignment(path)
     right, full, code = right_answers(assignment), {q.number: None if q.written else q.points for q in assignment.questions}, [q for q in assignment.questions if not q.written]
-    named = lambda q: re.search(r"^def (\w+)\(", q.answer["source"], flags=re.M)[1]
-    wrong = {q.number: next(iter(q.wrong.values())) for q in code} | {
-        code[0].number: f"def {named(code[0])}(*args, **options):\n    while True: pass", code[-1].number: f"import os\ndef {named(code[-1])}(*args, **options): os._exit(1)"}
     due = {"empty": dict.fromkeys(full, 0.0)}
     hand_in(tmp_path / "submissions/empty", assignment, {})
     for student, chosen in (("first", code[::2]), ("second", code[1::2])):
-        own = {q.number: wrong[q.number] for q in chosen}
+        own = {q.number: next(iter(q.wrong.values())) for q in chosen}
         hand_in(tmp_path / "submissions" / student, assignment, right | own)
         due[student] = full | dict.fromkeys(own, 0.0)
     _, rows, got = marked(tmp_path / "submissions", tmp_path / "marks", path.stem, 2 * SECONDS)
     assert got == due
-    crashed = "first" if len(code) % 2 else "second"
-    assert all(rows[student]["notes"] == ("look at: import os" if student == crashed else "") for student in due)
+    assert not any(rows[student]["notes"] for student in due)
     reveals_nothing(assignment, tmp_path / "marks" / path.stem, due)
 
 
