@@ -1,6 +1,7 @@
 "The bench: every setting of every study trains, rows are written one by one and gone on with, and two claims about the objectives hold."
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ def test_every_setting_trains_to_a_finite_map(study):
         assert model(x1, 1.0, 0.0).isfinite().all() and took["steps_done"] == (4 if setting.teacher else 8) and 0.1 < took["memory_mb"] < 20, name
 
 
-def test_rows_are_written_as_they_come_and_gone_on_with(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    "A bench that judges by few points."
+    monkeypatch.setattr(objectives, "judge", partial(objectives.judge, count=512, sets=1, most=256))
+
+
+def test_rows_are_written_as_they_come_and_gone_on_with(tmp_path, monkeypatch, quick):
     path, todo = tmp_path / "rows.json", jobs("objectives", ["two_gaussians"], ["flow_matching", "semigroup"], seconds=2, seeds=1)
     first = next(bench(path, todo))
     assert [row["setting"] for row in read_rows(path)] == ["flow_matching"] and first["relative_rmse"][0] > first["relative_rmse"][3]
@@ -32,7 +39,7 @@ def test_rows_are_written_as_they_come_and_gone_on_with(tmp_path, monkeypatch):
     assert "two_gaussians" in table and "semigroup form" in table and f"{rows[1]['relative_rmse'][0]:.3f}" in table
 
 
-def test_steps_make_a_bench_that_can_be_repeated(tmp_path):
+def test_steps_make_a_bench_that_can_be_repeated(tmp_path, quick):
     "The same steps give the same numbers to the last digit; seconds and steps are different rows."
     todo = jobs("objectives", ["two_gaussians"], ["semigroup"], seeds=1, steps=20)
     first, again = (next(bench(tmp_path / name, todo)) for name in ("a.json", "b.json"))

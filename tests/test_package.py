@@ -37,7 +37,7 @@ def test_imports_cost_little_beside_torch():
     "Ratios of medians of alternating runs in one go: all modules of the plane, and `soflow --help`."
     runs = {"torch": ("-c", "import torch"), "plane": ("-c", "import " + ", ".join(f"soflow_edu.{name}" for name in PLANE)), "help": ("-m", "soflow_edu", "--help")}
     times = {name: [] for name in runs}
-    for _ in range(5):
+    for _ in range(3):
         for name, arguments in runs.items():
             times[name].append(cpu_seconds(*arguments))
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -35,11 +35,11 @@ def run_to_end(config, data, **options):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_step_map_reaches_the_truth_from_samples_only(seed):
-    "With a third of the steps of the demo, whose own limit is 0.05."
+    "With a fifth of the steps of the demo, whose own limit is 0.05."
     law = law_of("eight_gaussians")
-    step = run_to_end(replace(load_config("plane"), steps=2000, seconds=None, seed=seed), SamplesOnly(law))
+    step = run_to_end(replace(load_config("plane"), steps=1200, seconds=None, seed=seed), SamplesOnly(law))
     report = compare(trained(step.run), ExactFlow(law, LinearPath()), metrics=("one_step", "transport"))
-    assert report.values["relative_rmse"] < 0.08
+    assert report.values["relative_rmse"] < 0.1
     assert report.values["w2_one_step"] < 2 * report.values["w2_floor"]
 
 
