@@ -63,8 +63,8 @@ def test_what_is_sent_is_known_to_the_page(interactive):
     assert all(control.label for control in interactive.controls.values()) and interactive.scene().text.endswith(".")
 
 
-def test_answers_within_a_tenth_of_a_second(interactive):
-    "CPU time of the kernel, the least of five times, so that a busy machine does not decide; twice a tenth on machines half as fast as a laptop."
+def test_answers_within_a_fifth_of_a_second(interactive):
+    "CPU time of the kernel, the least of five times, so that a busy machine does not decide. The aim is a tenth; a machine half as fast as a laptop is allowed a fifth."
     assert min(widgets.latency(interactive, clock=time.process_time) for _ in range(5)) < 200
 
 
