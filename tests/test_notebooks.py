@@ -1,6 +1,5 @@
 "Every notebook runs, is committed as it ran, and can be read by everybody."
 import json
-import os
 import re
 import shutil
 import statistics
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "nbs"))
@@ -33,8 +33,7 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_runs(path):
-    done = subprocess.run([Path(sys.executable).with_name("nbdev-test"), "--do-print", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+    done = warm.run("nbdev-test", "--do-print", path, cwd=ROOT, timeout=SECONDS, MPLBACKEND="agg")
     assert done.returncode == 0 and f"Completed {path}" in done.stdout + done.stderr, (done.stdout + done.stderr)[-4000:]
 
 
