@@ -94,7 +94,7 @@ def catalogue() -> dict:
 def built(code: str) -> set:
     "Modules of the components that code names: in its own strings, or through the configurations if it reads one."
     words = {node.value for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    named = words | (texts(yaml.safe_load_all(configurations())) if reads_configurations(code) else set())
+    named = words | texts(yaml.safe_load_all(configurations(code)))
     return {module for name, module in catalogue().items() if name in named and (PACKAGE / f"{module}.py").exists()}
 
 
@@ -104,12 +104,17 @@ def texts(content) -> set:
     return {content} if isinstance(content, str) else {text for part in parts for text in texts(part)}
 
 
-def reads_configurations(code: str) -> bool:
-    return any(word in code for word in ("load_config", "soflow demo", "soflow_edu.cli", "main(["))
+READS, LISTS = ("load_config", "soflow demo", "soflow_edu.cli", "main(["), ("soflow demo", "soflow_edu.cli", "main([", "shipped_configs", "rungs", "ladder_table", "verdict(")
 
 
-def configurations() -> str:
-    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")))
+def configurations(code: str) -> str:
+    "The shipped configurations that code reads: those that it names, if it only loads some by name, and otherwise all."
+    if not any(word in code for word in READS):
+        return ""
+    loads = [node.args for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "load_config"]
+    named = {args[0].value if args and isinstance(args[0], ast.Constant) else None for args in loads}
+    every = None in named or not named or any(word in code for word in LISTS)
+    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")) if every or path.stem in named)
 
 
 def digest(notebook) -> str:
@@ -123,8 +128,7 @@ def digest(notebook) -> str:
         waiting |= imported(modules[name]) - modules.keys()
     # Neither the comments in which nbdev names the cell of origin nor empty lines are part of what a module does.
     text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
-    if reads_configurations(run):
-        text.append(configurations())
+    text.append(configurations(run))
     return hashlib.sha256("\0".join(re.sub(r"\n\s*\n+", "\n", part) for part in [code, *text]).encode()).hexdigest()[:16]
 
 

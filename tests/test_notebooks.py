@@ -112,7 +112,7 @@ def test_readme_is_made_from_the_index(tmp_path, monkeypatch):
 
 
 def test_digest_sees_a_change(tmp_path, monkeypatch):
-    "In a cell, in a module that is imported, and in a module that such a module imports."
+    "In a cell, in a module that is imported, in a module that such a module imports, and in a configuration that is loaded by its name or listed."
     notebook = book.read(next(path for path in CHAPTERS if path.stem == "07_comparing"))
     before = book.digest(notebook)
     for name in ("solution", "config"):
@@ -122,13 +122,21 @@ def test_digest_sees_a_change(tmp_path, monkeypatch):
         monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
         assert book.digest(notebook) != before
     monkeypatch.undo()
-    start = book.read(next(path for path in CHAPTERS if path.stem == "00_start"))          # reaches the objective by its name only
-    before = book.digest(start)
+    start, ladder = (book.read(next(path for path in CHAPTERS if path.stem == stem)) for stem in ("00_start", "05_ladder"))          # start reaches the objective by its name only
+    before, of_ladder = book.digest(start), book.digest(ladder)
     shutil.copytree(book.PACKAGE, tmp_path / "objective")
     with open(tmp_path / "objective/consistency.py", "a") as module:
         module.write("\nextra = 1\n")
     monkeypatch.setattr(book, "PACKAGE", tmp_path / "objective")
     assert book.digest(start) != before
+    for name, seen in (("plane", True), ("imagenet-laptop", False)):
+        monkeypatch.undo()
+        shutil.copytree(book.PACKAGE, tmp_path / name)
+        with open(tmp_path / name / f"configs/{name}.yaml", "a") as file:
+            file.write("# another remark\n")
+        monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
+        assert (book.digest(start) != before) == seen
+        assert book.digest(ladder) != of_ladder
     monkeypatch.undo()
     before = book.digest(notebook)
     book.code_cells(notebook)[-1].source += "\n1 + 1"
