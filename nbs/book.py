@@ -128,7 +128,8 @@ def digest(notebook) -> str:
         waiting |= imported(modules[name]) - modules.keys()
     # Neither the comments in which nbdev names the cell of origin nor empty lines are part of what a module does.
     text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
-    text.append(configurations(run))
+    if settings := configurations(run):
+        text.append(settings)
     return hashlib.sha256("\0".join(re.sub(r"\n\s*\n+", "\n", part) for part in [code, *text]).encode()).hexdigest()[:16]
 
 
