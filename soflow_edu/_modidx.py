@@ -1154,6 +1154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'soflow_edu.training.save_checkpoint': ( '1_plane/training.html#save_checkpoint',
                                                                               'soflow_edu/training.py'),
                                      'soflow_edu.training.save_run': ('1_plane/training.html#save_run', 'soflow_edu/training.py'),
+                                     'soflow_edu.training.seed_masks': ('1_plane/training.html#seed_masks', 'soflow_edu/training.py'),
                                      'soflow_edu.training.shares': ('1_plane/training.html#shares', 'soflow_edu/training.py'),
                                      'soflow_edu.training.steps_within': ('1_plane/training.html#steps_within', 'soflow_edu/training.py'),
                                      'soflow_edu.training.to_csv': ('1_plane/training.html#to_csv', 'soflow_edu/training.py'),

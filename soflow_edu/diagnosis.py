@@ -81,7 +81,7 @@ def stale_average(run: Run, decay: float = 0.9999) -> Run:
     return replace(run, ema={name: torch.lerp(end[name].float(), start[name].float(), decay**run.step) for name in end})
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #0dd643f5
-WARD = {"network": {"name": "mlp", "width": 80, "depth": 4, "x_waves": 4, "t_waves": 4}, "batch": 256, "learning_rate": 5e-3, "warmup": 50, "decay": "linear", "ema": 0.99,
+WARD = {"network": {"name": "mlp", "width": 80, "depth": 4, "x_waves": 4, "t_waves": 4}, "batch": 512, "learning_rate": 5e-3, "warmup": 50, "decay": "linear", "ema": 0.99,
         "objective": {"name": "semigroup", "lam": 0.8, "velocity_weight": [0.5, 0.1], "times": {"name": "corner", "corner": 0.3, "t1": 0.1, "s0": 0.1}}}   # what all patients share
 SHORT = {"name": "exponential", "r_init": 1.0, "r_end": 0.05}       # a schedule for short runs
 RECIPES = {"healthy": {},

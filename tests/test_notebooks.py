@@ -143,6 +143,38 @@ def test_digest_sees_a_change(tmp_path, monkeypatch):
     assert book.digest(notebook) != before
 
 
+def test_links_come_and_go_with_the_address_of_the_repository(tmp_path, monkeypatch):
+    import nbformat
+
+    monkeypatch.setattr(book, "ROOT", tmp_path)
+    path = tmp_path / "nbs/1_plane/07_comparing.ipynb"
+    path.parent.mkdir(parents=True)
+    shutil.copy(next(path for path in CHAPTERS if path.stem == "07_comparing"), path)
+    before, sources = book.read(path), lambda: [cell.source for cell in book.read(path).cells]
+    for _ in range(2):
+        book.set_links(path, "https://github.com/somebody/soflow")
+        assert sources()[0] == before.cells[0].source and sources()[3:] == [cell.source for cell in before.cells[1:]]
+    links, install = sources()[1:3]
+    assert "(https://colab.research.google.com/github/somebody/soflow/blob/HEAD/nbs/1_plane/07_comparing.ipynb)" in links and "labpath=nbs%2F1_plane%2F07_comparing.ipynb)" in links
+    assert not book.staleness(path)
+    nbformat.validate(book.read(path))
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: calls.append(words))
+    exec(install, {})
+    assert not calls, "the package is here, so nothing is to be installed"
+    exec(install.replace("soflow_edu", "soflow_edu_2"), {})
+    assert calls[0][-1].endswith("@ git+https://github.com/somebody/soflow")
+    for url in ("", "https://example.org/soflow"):
+        book.set_links(path, url)
+        assert sources() == [cell.source for cell in before.cells]
+
+
+def test_chapters_have_the_links_of_this_repository():
+    for path in CHAPTERS:
+        found = [cell.source for cell in book.read(path).cells if {"links", "install"} & set(cell.metadata.get("tags", []))]
+        assert found == [cell.source for cell in book.link_cells(path, book.git_url())], "run `python nbs/book.py links`"
+
+
 def test_names_nothing_but_itself():
     "No file carries a path of a machine or an address of a registry, except the place where torch builds live."
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
