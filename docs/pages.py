@@ -95,7 +95,7 @@ def reference(module: str, path: Path, known: dict) -> str:
         value = getattr(loaded, name)
         lines += [f"## {name}", "", f"[source and explanation](#cell-{known[f'{module}.{name}'][1]})", ""]
         if not callable(value) or not getattr(value, "__doc__", ""):
-            lines += [] if callable(value) else ["```python", f"{name} = {shortened(value)}", "```", ""]
+            lines += [] if callable(value) else ["```text", f"{name} = {shortened(value)}", "```", ""]
             if not callable(value):
                 continue
         lines += ["```python", signature(name, value), "```", ""]

@@ -36,8 +36,9 @@ def pytest_collection_modifyitems(items):
     def seconds(item):
         path = item.callspec.params.get("path") if item.name.startswith("test_runs[") else None
         return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("soflow_edu", {}).get("seconds", 0) if path else 30 if item.module.__name__ in LONG else 0
-    order = sorted(items, key=seconds, reverse=True)
-    items[:] = order[::2] + order[1::2]
+    long, short = sorted(filter(seconds, items), key=seconds, reverse=True), [item for item in items if not seconds(item)]      # short ones share fixtures with their neighbours
+    half = len(short) // 2
+    items[:] = [*long[::2], *short[:half], *long[1::2], *short[half:]]
 
 
 @pytest.fixture(autouse=True)
