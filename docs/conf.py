@@ -24,3 +24,4 @@ html_theme_options = {"repository_url": meta["git_url"], "use_repository_button"
                       "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": []}
 html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "sbt-sidebar-nav.html"]}
 html_show_sphinx = False
+html_show_search_summary = False          # a summary would be fetched, which a browser forbids where there is no server

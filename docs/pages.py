@@ -4,16 +4,19 @@
 """
 import ast
 import base64
+import dataclasses
 import inspect
+import io
 import re
 import shutil
 import sys
+import textwrap
+import tokenize
 from importlib import import_module
 from pathlib import Path
 
 import nbformat
 import yaml
-from fastcore.docments import docments
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -120,17 +123,41 @@ def signature(name: str, value) -> str:
         return name
 
 
+def comments(source: str) -> list:
+    "Of a function's source: (names of the parameters on a line of its signature, the comment at its end); no names where the line holds the result only, None where it holds everything."
+    rows, names, depth, last, whole = [], [], 0, "", True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and depth == 1 and last in ("(", ",", "*", "**"):
+            names.append(token.string)
+        depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
+        if token.type == tokenize.COMMENT:
+            rows.append((names, token.string.lstrip("# ").strip()))
+        if token.type == tokenize.NL:
+            names, whole = [], False
+        if token.type == tokenize.NEWLINE:                       # the signature, and its comment, end here
+            return [(None, text) for _, text in rows] if whole else rows
+        last = token.string if token.type in (tokenize.OP, tokenize.NAME) else last
+    return rows
+
+
+def fields(source: str) -> list:
+    "Of a class's source: the same for its annotated fields."
+    lines = source.splitlines()
+    body = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return [([node.target.id], lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")) for node in body if lines[node.end_lineno - 1][node.end_col_offset:].strip().startswith("#")]
+
+
 def parameters(value) -> list:
-    "A table of parameters that carry a comment, as rows of Markdown."
+    "A table of the comments beside parameters or fields, as rows of Markdown."
+    init = vars(value).get("__init__") if inspect.isclass(value) else value
     try:
-        found = docments(value, full=True, returns=True)
-    except Exception:                                # of a class without a source
+        source = textwrap.dedent(inspect.getsource(value))
+        rows = fields(source) if inspect.isclass(value) and dataclasses.is_dataclass(value) else comments(textwrap.dedent(inspect.getsource(inspect.unwrap(init)))) if init else []
+    except (OSError, TypeError):                     # made by a call, without a source of its own
         return []
-    rows = [(name, part.docment) for name, part in found.items() if part.docment]
-    if not rows:
-        return []
-    cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    return ["| parameter | |", "|---|---|", *(f"| {'returns' if name == 'return' else f'`{name}`'} | {cell(words)} |" for name, words in rows), ""]
+    label = lambda names: "in and out" if names is None else ", ".join(f"`{name}`" for name in names if name != "self") or "returns"
+    cell = lambda text: " ".join(text.split()).replace("|", "\\|")
+    return ["| parameter | |", "|---|---|", *(f"| {label(names)} | {cell(text)} |" for names, text in rows), ""] if rows else []
 
 
 def heading(path: Path) -> str:

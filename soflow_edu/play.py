@@ -4,7 +4,7 @@
 __all__ = ['ANSWERS', 'ASSETS', 'RUNTIME', 'MapAnswer', 'VelocityAnswer', 'graph_of', 'to_onnx', 'components', 'runtime_folder',
            'packed', 'page', 'write_page']
 
-# %% ../nbs/4_practice/03_play.ipynb #4fc1edfd
+# %% ../nbs/4_practice/03_play.ipynb #98976fad
 import base64
 import gzip
 import json
@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+# %% ../nbs/4_practice/03_play.ipynb #76f4b201
 import torch
 from torch import nn
 
@@ -22,12 +23,13 @@ from .config import InputError, read_text, replacing, unknown
 from .distributions import FiniteSet, GaussianMixture
 from .solution import SolutionModel
 
-# %% ../nbs/4_practice/03_play.ipynb #cb425450
+# %% ../nbs/4_practice/03_play.ipynb #7b8c234c
 class MapAnswer(nn.Module):
     "f(x, t, s) without the checks of a model: x (n, 2), times and labels (n,) -> (n, 2)."
     def __init__(self, model: SolutionModel): super().__init__(); self.model = model
     def forward(self, x, t, s, y=None): return self.model.solution_from(self.model.F(x, t, s, y), x, t, s)
 
+# %% ../nbs/4_practice/03_play.ipynb #76b1a27f
 class VelocityAnswer(nn.Module):
     "The velocity read-out without the checks of a model: x (n, 2), times and labels (n,) -> (n, 2)."
     def __init__(self, model: SolutionModel): super().__init__(); self.model = model
@@ -47,9 +49,10 @@ def graph_of(answer: nn.Module, given: dict) -> bytes:   # name -> example, in t
             return torch.onnx.export(graph, dynamo=True, input_names=list(given), output_names=["out"], verbose=False).model_proto.SerializeToString()
     finally: log.setLevel(level)
 
-# %% ../nbs/4_practice/03_play.ipynb #24e30062
+# %% ../nbs/4_practice/03_play.ipynb #933d696a
 ANSWERS = {"map": MapAnswer, "velocity": VelocityAnswer}
 
+# %% ../nbs/4_practice/03_play.ipynb #7ed1c26c
 def to_onnx(model: SolutionModel, what: str) -> bytes:   # "map" or "velocity"
     "An answer of a model in the plane as an ONNX graph for up to 4,096 points: x (n, 2), t (n,), for the map s (n,), with classes y (n,) -> out (n, 2). Raises InputError for another answer, another model, or if packages are missing."
     if what not in ANSWERS: raise unknown("answer", what, ANSWERS)
@@ -59,9 +62,10 @@ def to_onnx(model: SolutionModel, what: str) -> bytes:   # "map" or "velocity"
     if model.conditional: given["y"] = torch.zeros(3, dtype=torch.long)
     return graph_of(ANSWERS[what](model), given)
 
-# %% ../nbs/4_practice/03_play.ipynb #4fa9df9d
+# %% ../nbs/4_practice/03_play.ipynb #70f36bcf
 ASSETS = Path(import_module("soflow_edu").__file__).parent / "page"       # page.html, page.css, page.js, flow.js
 
+# %% ../nbs/4_practice/03_play.ipynb #395eb39c
 def components(law) -> list:   # a GaussianMixture or FiniteSet in the plane
     "The components of a law as the page wants them: mean, std (0 for a point), weight and label. Raises InputError for a law without components in the plane."
     if not isinstance(law, GaussianMixture | FiniteSet) or tuple(law.shape) != (2,): raise InputError(f"The page knows Gaussian mixtures and finite sets in the plane, but got {type(law).__name__} of shape {tuple(law.shape)}. Give law_of(...) of a data set of the plane.")
@@ -70,18 +74,20 @@ def components(law) -> list:   # a GaussianMixture or FiniteSet in the plane
     rows = zip(means.tolist(), stds[:, 0].tolist(), law.weights.tolist(), law.labels.tolist())
     return [{"mean": mean, "std": std, "weight": weight, "label": label} for mean, std, weight, label in rows]
 
-# %% ../nbs/4_practice/03_play.ipynb #70cc9553
+# %% ../nbs/4_practice/03_play.ipynb #a7778b80
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")      # files of onnxruntime-web
 
+# %% ../nbs/4_practice/03_play.ipynb #f88425f8
 def runtime_folder(folder=None) -> Path:   # the folder dist of onnxruntime-web; that of a clone if not given
     "Where the runtime of the page lies. Raises InputError if it is not there."
     place = Path(folder) if folder else Path(import_module("soflow_edu").__file__).parent.parent / "docs/node_modules/onnxruntime-web/dist"
     if missing := [name for name in RUNTIME if not (place / name).is_file()]: raise InputError(f"{missing[0]} of onnxruntime-web is not in {place}. In a clone of the course run `npm install --prefix docs`, or name the folder that has it.")
     return place
 
+# %% ../nbs/4_practice/03_play.ipynb #0e8fa4ab
 def packed(content: bytes) -> str: return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
-# %% ../nbs/4_practice/03_play.ipynb #abec657f
+# %% ../nbs/4_practice/03_play.ipynb #61bbf353
 def page(model: SolutionModel, law,          # a map of the plane on the linear path; the law that it was trained on
          runtime=None,                       # folder dist of onnxruntime-web
          start=(1.1, -0.6), reach: float = 3.2,   # where the point is at first; the plane is shown from -reach to reach
@@ -96,6 +102,7 @@ def page(model: SolutionModel, law,          # a map of the plane on the linear 
              "script": read_text(ASSETS / "flow.js").replace("export ", "") + read_text(ASSETS / "page.js")}
     return re.sub(r"%%(\w+)%%", lambda found: parts[found[1]], read_text(ASSETS / "page.html"))
 
+# %% ../nbs/4_practice/03_play.ipynb #661afe3a
 def write_page(path, model: SolutionModel, law, **options) -> Path:   # options of `page`
     "Writes the page to a file, whole or not at all."
     text = page(model, law, **options)

@@ -40,9 +40,9 @@ def test_reference_holds_every_exported_name_with_what_its_comments_say():
     for path in pages.chapters():
         if module := pages.module_of(pages.book.read(path)):
             text = pages.reference(module, path, known)
-            assert all(f"## {name.split('.')[1]}\n" in text for name, (place, _) in known.items() if place == path)
+            assert all(f"## {name.split('.')[1]}\n" in text for name, (place, _) in known.items() if place == path and "._" not in name)
     text = pages.reference("comparing", next(path for path in pages.chapters() if path.stem == "07_comparing"), known)
-    assert "| `x1` | noise (B, ...)" in text and "Raises InputError for an unknown metric" in text
+    assert "| `x1`, `y` | noise (B, ...) and labels (B,)" in text and "| in and out | (n, ...), (n, ...) |" in text and "Raises InputError for an unknown metric" in text
 
 
 def test_chapters_link_each_other_and_fold_solutions():
@@ -80,7 +80,7 @@ def read(path):
 
 @needs_site
 def test_all_pages_are_there_with_texts_for_pictures_and_whole_links():
-    built = {path.relative_to(SITE).as_posix(): read(path) for path in SITE.rglob("*.html") if "_static" not in path.parts and path.name != "play.html"}
+    built = {path.relative_to(SITE).as_posix(): read(path) for path in SITE.rglob("*.html") if "_static" not in path.parts and path != SITE / "4_practice/play.html"}
     modules = [module for path in pages.chapters() if (module := pages.module_of(pages.book.read(path)))]
     assert {*(f"{chapter}.html" for chapter in CHAPTERS), *(f"reference/{module}.html" for module in modules), "index.html", "equations.html", "configurations.html", "gallery.html", "search.html"} <= built.keys()
     for name, page in built.items():
@@ -94,7 +94,7 @@ def test_all_pages_are_there_with_texts_for_pictures_and_whole_links():
             assert place.exists(), f"{name} links to {link}"
             other = os.path.relpath(place.resolve(), SITE.resolve())
             assert not anchor or other not in built or anchor in built[other].ids, f"{name}: {link} leads to no place"
-    assert sum(len(page.pictures) for page in built.values()) > 150
+    assert sum(len(page.pictures) for page in built.values()) > 100
     assert (SITE / "4_practice/play.html").stat().st_size > 4e6
 
 
