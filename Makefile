@@ -1,25 +1,42 @@
-# make demo | test | browser | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
+# make demo | test | docs | browser | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Another source of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
+SITE := $(VENV)/.site
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test browser lab notebooks export readme clean
+.PHONY: demo test docs browser lab notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python nbs/book.py check
-	$(BIN)/ruff check nbs soflow_edu tests setup.py
+	$(BIN)/ruff check nbs soflow_edu tests docs setup.py
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
-# What tests/test_browser.py needs beyond Python: a Chromium (Debian's, if none is here) and playwright-core in tests/browser/node_modules.
-browser:
+# The site, in docs/_site: all chapters as they were executed, with warnings as errors. Needs Node.js with npm for the scripts that it carries.
+docs: $(SITE) docs/node_modules/.installed
+	$(BIN)/python docs/pages.py docs/_pages
+	rm -rf docs/_site
+	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d docs/_pages/.doctrees docs/_pages docs/_site
+	@echo "The site is in docs/_site: open docs/_site/index.html."
+
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[site,play]'
+	touch $@
+
+docs/node_modules/.installed: docs/package.json
+	command -v npm || { echo "Node.js with npm is needed: install it, then run this again." >&2; exit 1; }
+	npm install --silent --no-audit --no-fund --no-package-lock --prefix docs
+	touch $@
+
+# What the tests in a browser need beyond Python: a Chromium (Debian's, if none is here), playwright-core in tests/browser/node_modules, and the runtime of chapter play.
+browser: docs/node_modules/.installed
 	command -v chromium || command -v chromium-browser || command -v google-chrome || { SUDO=$$(test "$$(id -u)" = 0 || echo "sudo -n"); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium; }
 	command -v npm || { echo "make browser needs Node.js with npm: install it, then run this again." >&2; exit 1; }
 	test -e tests/browser/node_modules/playwright-core || npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/browser
@@ -45,4 +62,4 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf docs/_pages docs/_site build dist *.egg-info .pytest_cache .ruff_cache

@@ -3,7 +3,8 @@
     python nbs/book.py export             notebooks -> soflow_edu/
     python nbs/book.py check              exit 1 if the package is not what the notebooks export
     python nbs/book.py run [NAME ...]     execute all notebooks, or those whose path holds a NAME, and store their outputs
-    python nbs/book.py readme             nbs/index.ipynb -> README.md and data/readme/
+    python nbs/book.py readme             nbs/index.ipynb -> README.md and nbs/pictures/
+    python nbs/book.py links              links to Colab and Binder, and a cell that installs, into each chapter; out of it if settings.ini names no git_url
 """
 import ast
 import base64
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import yaml
@@ -38,7 +40,8 @@ def read(path):
 
 
 def code_cells(notebook) -> list:
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    "Without the cell that installs the package where a chapter is opened alone."
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip() and "install" not in cell.metadata.get("tags", [])]
 
 
 # ---------------------------------------------------------------------------------------------------- export and check
@@ -94,7 +97,7 @@ def catalogue() -> dict:
 def built(code: str) -> set:
     "Modules of the components that code names: in its own strings, or through the configurations if it reads one."
     words = {node.value for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    named = words | (texts(yaml.safe_load_all(configurations())) if reads_configurations(code) else set())
+    named = words | texts(yaml.safe_load_all(configurations(code)))
     return {module for name, module in catalogue().items() if name in named and (PACKAGE / f"{module}.py").exists()}
 
 
@@ -104,12 +107,17 @@ def texts(content) -> set:
     return {content} if isinstance(content, str) else {text for part in parts for text in texts(part)}
 
 
-def reads_configurations(code: str) -> bool:
-    return any(word in code for word in ("load_config", "soflow demo", "soflow_edu.cli", "main(["))
+READS, LISTS = ("load_config", "soflow demo", "soflow_edu.cli", "main(["), ("soflow demo", "soflow_edu.cli", "main([", "shipped_configs", "rungs", "ladder_table", "verdict(")
 
 
-def configurations() -> str:
-    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")))
+def configurations(code: str) -> str:
+    "The shipped configurations that code reads: those that it names, if it only loads some by name, and otherwise all."
+    if not any(word in code for word in READS):
+        return ""
+    loads = [node.args for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "load_config"]
+    named = {args[0].value if args and isinstance(args[0], ast.Constant) else None for args in loads}
+    every = None in named or not named or any(word in code for word in LISTS)
+    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")) if every or path.stem in named)
 
 
 def digest(notebook) -> str:
@@ -123,8 +131,8 @@ def digest(notebook) -> str:
         waiting |= imported(modules[name]) - modules.keys()
     # Neither the comments in which nbdev names the cell of origin nor empty lines are part of what a module does.
     text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
-    if reads_configurations(run):
-        text.append(configurations())
+    if settings := configurations(run):
+        text.append(settings)
     return hashlib.sha256("\0".join(re.sub(r"\n\s*\n+", "\n", part) for part in [code, *text]).encode()).hexdigest()[:16]
 
 
@@ -183,6 +191,41 @@ def merged(outputs) -> list:
     return kept
 
 
+# ---------------------------------------------------------------------------------------------------- links
+def git_url() -> str:
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["git_url"].strip().removesuffix("/").removesuffix(".git")
+
+
+def link_cells(path: Path, url: str) -> list:
+    "For a notebook: a line of links, and a cell that installs the course from its repository, and does nothing if it is there. None without a repository on GitHub."
+    import nbformat
+
+    if not (repository := re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", url)):
+        return []
+    place = path.relative_to(ROOT).as_posix()
+    links = f"Open this chapter in [Colab](https://colab.research.google.com/github/{repository[1]}/blob/HEAD/{place}) or [Binder](https://mybinder.org/v2/gh/{repository[1]}/HEAD?labpath={place.replace('/', '%2F')})."
+    install = f'''from importlib.util import find_spec
+from subprocess import run
+from sys import executable
+
+if not find_spec("soflow_edu"): run([executable, "-m", "pip", "install", "-q", "soflow_edu[course] @ git+{url}"], check=True)'''
+    return [nbformat.v4.new_markdown_cell(links, id="course-links", metadata={"tags": ["links"]}), nbformat.v4.new_code_cell(install, id="course-install", metadata={"tags": ["install"]})]
+
+
+def set_links(path: Path, url: str):
+    "Puts the links of a notebook below its opening, in the place of earlier ones."
+    import nbformat
+
+    notebook = read(path)
+    cells = [cell for cell in notebook.cells if not {"links", "install"} & set(cell.metadata.get("tags", []))]
+    cells[1:1] = link_cells(path, url)
+    if [cell.id for cell in cells] != [cell.id for cell in notebook.cells] or link_cells(path, url):
+        notebook.cells = cells
+        nbformat.write(notebook, path)
+
+
 # ---------------------------------------------------------------------------------------------------- readme
 PICTURES = ROOT / "nbs" / "pictures"
 
@@ -230,6 +273,10 @@ def main(command: str = "", *names: str):
     elif command == "readme":
         text = readme()
         (ROOT / "README.md").write_text(text, encoding="utf-8")
+    elif command == "links":
+        for path in notebooks():
+            if path.parent != NOTEBOOKS:
+                set_links(path, git_url())
     else:
         sys.exit(__doc__)
 

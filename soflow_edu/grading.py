@@ -5,7 +5,7 @@ __all__ = ['QUESTION', 'STUB', 'WRITTEN_STUB', 'GUIDES', 'UNUSUAL', 'WRITTEN', '
            'directives', 'role', 'Question', 'Assignment', 'read_assignment', 'add_to', 'check_assignment', 'without',
            'unmarked', 'instructor_cells', 'nbgrader_metadata', 'number', 'student_cells', 'solution_cells', 'rubric',
            'personal', 'TurnedMixture', 'personal_mixture', 'close', 'verdict', 'compared', 'check', 'attempt',
-           'played', 'passes', 'run', 'names', 'reach', 'rehearse', 'course_folder', 'read_course', 'rehearse_all',
+           'played', 'passes', 'run', 'globals_of', 'reach', 'rehearse', 'course_folder', 'read_course', 'rehearse_all',
            'build_course', 'beginning', 'names_of', 'stage', 'in_words', 'prelude', 'patient', 'open_nbgrader',
            'spaceless', 'last_line', 'unusual', 'Result', 'mark', 'read_marks', 'reason', 'feedback', 'read_written',
            'enter_written', 'submissions_of', 'assignment_of', 'grade_course', 'write_csv', 'write_written',
@@ -342,7 +342,7 @@ def run(source: str, space: dict):
     with contextlib.redirect_stdout(io.StringIO()): exec(compile(source, "<cell>", "exec"), space)
 
 # %% ../nbs/4_practice/01_grading.ipynb #72d2b7ce
-def names(source: str) -> tuple:   # of a cell -> (assigned, used)
+def globals_of(source: str) -> tuple:   # of a cell -> (assigned, used)
     "The global names that a cell assigns and those that it uses, also inside its functions; none if it is no Python."
     def tables(table): return [table, *(below for child in table.get_children() for below in tables(child))]
     try: top = symtable(source, "<cell>", "exec")
@@ -354,11 +354,11 @@ def names(source: str) -> tuple:   # of a cell -> (assigned, used)
 # %% ../nbs/4_practice/01_grading.ipynb #5ed14906
 def reach(assignment: Assignment, q: Question) -> set:   # of numbers of questions
     "The code questions whose tests can see the answer to q: they use a name that it assigns, or one that a later cell makes from it. Changes inside an object are not followed."
-    changed, found, after = set().union(*(names(source)[0] for source in (q.answer["source"], *q.wrong.values()))), {q.number}, False
+    changed, found, after = set().union(*(globals_of(source)[0] for source in (q.answer["source"], *q.wrong.values()))), {q.number}, False
     for cell in assignment.cells:
         after = after or cell is q.answer
         if not after or cell is q.answer or cell["cell_type"] != "code" or role(cell) == "wrong": continue
-        assigned, used = names(cell["source"])
+        assigned, used = globals_of(cell["source"])
         if not used & changed: continue
         tested = next((other.number for other in assignment.questions if cell is other.tests), None)
         if tested: found.add(tested)
@@ -373,7 +373,8 @@ def rehearse(assignment: Assignment, identifier: str = "rehearsal") -> dict:   #
     stub = lambda q: without(q.answer["source"], "SOLUTION", STUB)
     runs, due = {"reference": ({}, None), "unsolved": ({q.number: stub(q) for q in code}, None)}, {"reference": full, "unsolved": dict.fromkeys(full, 0.0)}
     for q in code:
-        for name, source in q.wrong.items(): runs[f"{q.number}: {name}"], due[f"{q.number}: {name}"] = ({q.number: source}, reach(assignment, q)), full | {q.number: 0.0}
+        reached = reach(assignment, q)
+        for name, source in q.wrong.items(): runs[f"{q.number}: {name}"], due[f"{q.number}: {name}"] = ({q.number: source}, reached), full | {q.number: 0.0}
     table = {name: full | played(assignment, identifier, *run) for name, run in runs.items()}
     if bad := [f"{name!r} got {table[name]} instead of {due[name]}" for name in runs if table[name] != due[name]]: raise GradingError(f"Assignment {assignment.name} does not test what it says: {'; '.join(bad)}.")
     return table
@@ -392,7 +393,7 @@ def read_course(source: str = "") -> list: return [read_assignment(path) for pat
 def rehearse_all(assignments: list):
     "Rehearses assignments side by side. Raises GradingError."
     if len(assignments) == 1: return rehearse(assignments[0])
-    print(f"Rehearsing {len(assignments)} assignments, which takes some minutes.", flush=True)
+    print(f"Rehearsing {len(assignments)} assignments, which takes a minute or two.", flush=True)
     with ProcessPoolExecutor(min(len(assignments), os.cpu_count() or 1), get_context("spawn")) as pool:
         for assignment, table in zip(assignments, pool.map(rehearse, assignments)): print(f"{assignment.name}: {len(table)} runs earned what they should", flush=True)
 

@@ -538,9 +538,10 @@ class Latents:
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #6c675834
 @register("decoder", "latents")
-def decoder_of_latents(path: str = "imagenet_latent", threads: int = 4, autoencoder: str = "", device: str = "auto"):   # -> latents (N, ...) -> pictures (N, 3, H, W) in [-1, 1]
+def decoder_of_latents(data: dict, autoencoder: str = "", device: str = "auto"):   # data: as described in a configuration -> latents (N, ...) -> pictures (N, 3, H, W) in [-1, 1]
     "The decoder for a data set of latents. Raises InputError if neither the file nor the call says which autoencoder it takes."
     if not autoencoder:
-        autoencoder = Latents(path).file.attributes.get("autoencoder")
-        if not autoencoder: raise InputError(f"The latents {path} do not say by which autoencoder they were made. Name it: --autoencoder sd-vae-ft-mse, for example.")
+        latents = build("pictures", {"name": "latents"} | data)
+        autoencoder = latents.file.attributes.get("autoencoder")
+        if not autoencoder: raise InputError(f"The latents {latents.file.path} do not say by which autoencoder they were made. Name it: --autoencoder sd-vae-ft-mse, for example.")
     return open_autoencoder(autoencoder, device).pictures

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['PLAN_EVERY', 'assemble', 'prepared', 'number_of', 'generator_of', 'rate_at', 'average', 'clock', 'Run', 'Step',
            'begin', 'optimiser_of', 'join_processes', 'leave_processes', 'processes', 'agree', 'shares', 'Learner',
-           'learner_of', 'gradient', 'labels_for', 'advance', 'steps_within', 'budget', 'first_pace', 'Stopped',
-           'noticing', 'train', 'record', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack', 'about',
-           'save_run', 'save_checkpoint', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit',
+           'learner_of', 'seed_masks', 'gradient', 'labels_for', 'advance', 'steps_within', 'budget', 'first_pace',
+           'Stopped', 'noticing', 'train', 'record', 'check_resume', 'progress_bar', 'trained', 'pack', 'unpack',
+           'about', 'save_run', 'save_checkpoint', 'to_csv', 'from_csv', 'read_tensors', 'load_run', 'revive', 'fit',
            'resume_run']
 
 # %% ../nbs/1_plane/10_training.ipynb #25808b49
@@ -173,6 +173,11 @@ def learner_of(model: SolutionModel, objective) -> nn.Module:
     return learner if processes()[1] == 1 else DistributedDataParallel(learner)
 
 # %% ../nbs/1_plane/10_training.ipynb #2e10a612
+def seed_masks(seed: int, device: torch.device):
+    "Seeds what dropout draws on a device. `torch.manual_seed` does, too, but goes through every kind of device there could be: a tenth of a step in the plane."
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu": torch.get_device_module(device).manual_seed(seed)
+
 def gradient(run: Run, objective, data, micro: int, size: int) -> dict:   # numbers by name, the loss among them
     "Adds the gradient of one micro-batch to what the weights hold, so that those of all micro-batches add up to their mean."
     config, device, extras = run.config, next(run.model.parameters()).device, {}
@@ -181,7 +186,7 @@ def gradient(run: Run, objective, data, micro: int, size: int) -> dict:   # numb
     progress = run.step / run.steps
     draws = objective.draw(batch, progress, generator_of(config.seed, run.step, micro=micro, stream=1, device=device))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(number_of(config.seed, run.step, 0, micro, 2))
+        seed_masks(number_of(config.seed, run.step, 0, micro, 2), device)
         value, stats = run.learner(batch, draws, progress)
         (value / config.accumulate).backward()                          # the mean over processes is taken on the way
     return {"loss": value.item()} | {name: float(number) for name, number in stats.items()}

@@ -1,16 +1,14 @@
 "The program: what it prints, writes, refuses and keeps."
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+import warm
 
 DEMO = {"dataset", "seed", "steps", "train_seconds", "relative_rmse", "rmse", "median_error", "w2_one_step", "w2_floor", "semigroup_defect", "ode_residual", "evaluations"}
 
 
 def soflow(*words, folder, **environment):
-    return subprocess.run([sys.executable, "-m", "soflow_edu", *words], cwd=folder, capture_output=True, text=True, env=os.environ | environment)
+    return warm.run("soflow", *words, cwd=folder, **environment)
 
 
 def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from soflow_edu import latents
 from soflow_edu.config import InputError, build, make_config
 from soflow_edu.distributions import law_of
-from soflow_edu.latents import LATENT_FILE, SCALE, Blocks, Latents, alone, centre_crop, encode, image_folder, new_latent_file, open_autoencoder, read_picture, rows_in_place
+from soflow_edu.latents import LATENT_FILE, SCALE, Blocks, Latents, alone, centre_crop, decoder_of_latents, encode, image_folder, new_latent_file, open_autoencoder, read_picture, rows_in_place
 from soflow_edu.training import assemble, load_run, resume_run, train
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -66,6 +66,15 @@ def test_rows_are_those_of_the_autoencoder(images):
             assert parts["labels"][row] == label and folder.classes[label] == Path(name).parent.name
     assert {name: part.dtype.str for name, part in parts.items()} == {"latents": "<f4", "labels": "<i8", "amount": "<i8", "latent_size": "<i8"} and parts["latents"].shape == (40, 8, 8, 8)
     assert attributes == {"autoencoder": "blocks", "size": 64, "classes": '["cat", "dog"]', "scale": SCALE}
+
+
+def test_the_decoder_is_that_of_the_file(images, tmp_path):
+    shutil.copytree(images.parent / "whole", tmp_path / "whole")
+    data, coder, z = {"name": "latents", "path": str(tmp_path / "whole")}, Blocks(), torch.randn(2, 4, 8, 8)
+    assert torch.equal(decoder_of_latents(data)(z), coder.decode(z / coder.scale).clamp(-1, 1))
+    with h5py.File(tmp_path / "whole" / LATENT_FILE, "a") as file: del file.attrs["autoencoder"]
+    with pytest.raises(InputError, match="do not say by which autoencoder"): decoder_of_latents(data)
+    assert torch.equal(decoder_of_latents(data, "blocks")(z), coder.decode(z / coder.scale).clamp(-1, 1))
 
 
 @pytest.mark.parametrize("edges", [(600, 1000), (1000, 600), (513, 700), (90, 200), (64, 64)])

@@ -1,6 +1,5 @@
 "Every notebook runs, is committed as it ran, and can be read by everybody."
 import json
-import os
 import re
 import shutil
 import statistics
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "nbs"))
@@ -33,8 +33,7 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_runs(path):
-    done = subprocess.run([Path(sys.executable).with_name("nbdev-test"), "--do-print", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+    done = warm.run("nbdev-test", "--do-print", path, cwd=ROOT, timeout=SECONDS, MPLBACKEND="agg")
     assert done.returncode == 0 and f"Completed {path}" in done.stdout + done.stderr, (done.stdout + done.stderr)[-4000:]
 
 
@@ -113,7 +112,7 @@ def test_readme_is_made_from_the_index(tmp_path, monkeypatch):
 
 
 def test_digest_sees_a_change(tmp_path, monkeypatch):
-    "In a cell, in a module that is imported, and in a module that such a module imports."
+    "In a cell, in a module that is imported, in a module that such a module imports, and in a configuration that is loaded by its name or listed."
     notebook = book.read(next(path for path in CHAPTERS if path.stem == "07_comparing"))
     before = book.digest(notebook)
     for name in ("solution", "config"):
@@ -123,17 +122,57 @@ def test_digest_sees_a_change(tmp_path, monkeypatch):
         monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
         assert book.digest(notebook) != before
     monkeypatch.undo()
-    start = book.read(next(path for path in CHAPTERS if path.stem == "00_start"))          # reaches the objective by its name only
-    before = book.digest(start)
+    start, ladder = (book.read(next(path for path in CHAPTERS if path.stem == stem)) for stem in ("00_start", "05_ladder"))          # start reaches the objective by its name only
+    before, of_ladder = book.digest(start), book.digest(ladder)
     shutil.copytree(book.PACKAGE, tmp_path / "objective")
     with open(tmp_path / "objective/consistency.py", "a") as module:
         module.write("\nextra = 1\n")
     monkeypatch.setattr(book, "PACKAGE", tmp_path / "objective")
     assert book.digest(start) != before
+    for name, seen in (("plane", True), ("imagenet-laptop", False)):
+        monkeypatch.undo()
+        shutil.copytree(book.PACKAGE, tmp_path / name)
+        with open(tmp_path / name / f"configs/{name}.yaml", "a") as file:
+            file.write("# another remark\n")
+        monkeypatch.setattr(book, "PACKAGE", tmp_path / name)
+        assert (book.digest(start) != before) == seen
+        assert book.digest(ladder) != of_ladder
     monkeypatch.undo()
     before = book.digest(notebook)
     book.code_cells(notebook)[-1].source += "\n1 + 1"
     assert book.digest(notebook) != before
+
+
+def test_links_come_and_go_with_the_address_of_the_repository(tmp_path, monkeypatch):
+    import nbformat
+
+    monkeypatch.setattr(book, "ROOT", tmp_path)
+    path = tmp_path / "nbs/1_plane/07_comparing.ipynb"
+    path.parent.mkdir(parents=True)
+    shutil.copy(next(path for path in CHAPTERS if path.stem == "07_comparing"), path)
+    before, sources = book.read(path), lambda: [cell.source for cell in book.read(path).cells]
+    for _ in range(2):
+        book.set_links(path, "https://github.com/somebody/soflow")
+        assert sources()[0] == before.cells[0].source and sources()[3:] == [cell.source for cell in before.cells[1:]]
+    links, install = sources()[1:3]
+    assert "(https://colab.research.google.com/github/somebody/soflow/blob/HEAD/nbs/1_plane/07_comparing.ipynb)" in links and "labpath=nbs%2F1_plane%2F07_comparing.ipynb)" in links
+    assert not book.staleness(path)
+    nbformat.validate(book.read(path))
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: calls.append(words))
+    exec(install, {})
+    assert not calls, "the package is here, so nothing is to be installed"
+    exec(install.replace("soflow_edu", "soflow_edu_2"), {})
+    assert calls[0][-1].endswith("@ git+https://github.com/somebody/soflow")
+    for url in ("", "https://example.org/soflow"):
+        book.set_links(path, url)
+        assert sources() == [cell.source for cell in before.cells]
+
+
+def test_chapters_have_the_links_of_this_repository():
+    for path in CHAPTERS:
+        found = [cell.source for cell in book.read(path).cells if {"links", "install"} & set(cell.metadata.get("tags", []))]
+        assert found == [cell.source for cell in book.link_cells(path, book.git_url())], "run `python nbs/book.py links`"
 
 
 def test_names_nothing_but_itself():

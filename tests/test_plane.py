@@ -46,7 +46,7 @@ def test_one_step_map_reaches_the_truth_from_samples_only(seed):
 @pytest.mark.parametrize("name", ["two_gaussians", "grid_gaussians", "two_moons", "word"])
 def test_same_recipe_on_other_data(name):
     law = law_of(name)
-    step = run_to_end(replace(load_config("plane"), data=name, steps=500, seconds=None, warmup=50), SamplesOnly(law))
+    step = run_to_end(replace(load_config("plane"), data=name, steps=500, batch=384, seconds=None, warmup=50), SamplesOnly(law))
     x1 = torch.randn(128, 2, generator=torch.Generator().manual_seed(5))
     report = compare(trained(step.run), ExactFlow(law, LinearPath()), x1, metrics=("one_step",))
     untrained = rms(x1 - report.comparison.truth) / rms(report.comparison.truth)
@@ -57,7 +57,7 @@ def test_same_recipe_on_other_data(name):
 @pytest.mark.parametrize("coefficients", ["euler", "trigonometric"])
 @pytest.mark.parametrize("objective", [{"name": "soflow", "schedule": {"name": "exponential", "r_init": 1.0, "r_end": 0.05}}, "semigroup"], ids=["soflow", "semigroup"])
 def test_every_pair_of_path_and_coefficients_trains(path, coefficients, objective):
-    config = replace(load_config("plane"), path=path, coefficients=coefficients, objective=objective, steps=600, seconds=None, batch=512, learning_rate=4e-3)
+    config = replace(load_config("plane"), path=path, coefficients=coefficients, objective=objective, steps=600, seconds=None, batch=256, learning_rate=4e-3)
     law = law_of("eight_gaussians")
     step = run_to_end(config, SamplesOnly(law))
     assert compare(trained(step.run), ExactFlow(law, build("path", path)), metrics=("one_step",)).values["relative_rmse"] < 0.4
