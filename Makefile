@@ -19,12 +19,12 @@ test: $(STAMP)
 	$(BIN)/ruff check nbs soflow_edu tests docs setup.py
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
-# The site, in docs/_site: all chapters as they were executed, with warnings as errors. Needs Node.js with npm for the scripts that it carries.
+# The site, in docs/_build/site: all chapters as they were executed, with warnings as errors. Needs Node.js with npm for the scripts that it carries.
 docs: $(SITE) docs/node_modules/.installed
-	$(BIN)/python docs/pages.py docs/_pages
-	rm -rf docs/_site
-	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d docs/_pages/.doctrees docs/_pages docs/_site
-	@echo "The site is in docs/_site: open docs/_site/index.html."
+	$(BIN)/python docs/pages.py docs/_build/pages
+	rm -rf docs/_build/site
+	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d docs/_build/pages/.doctrees docs/_build/pages docs/_build/site
+	@echo "The site is in docs/_build/site: open docs/_build/site/index.html."
 
 $(SITE): $(STAMP)
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[site,play]'
@@ -38,7 +38,6 @@ docs/node_modules/.installed: docs/package.json
 # What the tests in a browser need beyond Python: a Chromium (Debian's, if none is here), playwright-core in tests/browser/node_modules, and the runtime of chapter play.
 browser: docs/node_modules/.installed
 	command -v chromium || command -v chromium-browser || command -v google-chrome || { SUDO=$$(test "$$(id -u)" = 0 || echo "sudo -n"); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium; }
-	command -v npm || { echo "make browser needs Node.js with npm: install it, then run this again." >&2; exit 1; }
 	test -e tests/browser/node_modules/playwright-core || npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/browser
 
 lab: $(STAMP)
@@ -62,4 +61,4 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf docs/_pages docs/_site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf docs/_build build dist *.egg-info .pytest_cache .ruff_cache

@@ -47,7 +47,8 @@ def exported(cell) -> list:
     found = []
     for node in ast.parse(cell.source).body:
         found += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        found += [part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)] if isinstance(node, ast.Assign) else []
+        targets = [part for target in node.targets for part in getattr(target, "elts", [target])] if isinstance(node, ast.Assign) else []
+        found += [target.id for target in targets if isinstance(target, ast.Name)]
     return found
 
 
@@ -61,8 +62,9 @@ def symbols() -> dict:
 
 
 def linked(text: str, places: dict) -> str:
-    "Words such as `chapter *guidance*` as links to that chapter; paths of notebooks as paths of pages."
-    text = re.sub(r"(?<=[Cc]hapter )\*(\w[\w -]*)\*", lambda m: f"[*{m[1]}*](/{places[m[1]]})" if m[1] in places else m[0], text)
+    "Words such as `chapter *guidance*` or `chapters *solution* and *flow_matching*` as links to those chapters; paths of notebooks as paths of pages."
+    link = lambda m: f"[*{m[1]}*](/{places[m[1].replace('_', ' ')]})" if m[1].replace("_", " ") in places else m[0]
+    text = re.sub(r"[Cc]hapters?(?:,? (?:and )?\*\w[\w -]*\*)+", lambda names: re.sub(r"\*(\w[\w -]*)\*", link, names[0]), text)
     return re.sub(r"\]\((?:\.\./)*((?:\d_\w+)/\d\d_\w+\.ipynb)", r"](/\1", text)
 
 
@@ -78,9 +80,9 @@ def chapter(path: Path, places: dict):
             continue
         if "solution" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("hide-cell")
-        for output in getattr(cell, "outputs", []):
-            if "image/png" in output.get("data", {}):
-                cell.metadata["mystnb"] = {"image": {"alt": output.data["text/plain"]}}
+        figures = [output.data["text/plain"] for output in getattr(cell, "outputs", []) if "image/png" in output.get("data", {})]
+        if figures:
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(figures)}}      # one text for all figures of a cell
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\| .*\n?", "", cell.source, flags=re.M)
         if cell.source.strip():
@@ -112,7 +114,7 @@ def own_doc(value) -> bool:
 
 
 def shortened(value, length: int = 200) -> str:
-    text = repr(value)
+    text = repr(value).replace(f"{ROOT}/", "")
     return text if len(text) <= length else text[:length] + " ..."
 
 
@@ -126,6 +128,9 @@ def signature(name: str, value) -> str:
 def comments(source: str) -> list:
     "Of a function's source: (names of the parameters on a line of its signature, the comment at its end); no names where the line holds the result only, None where it holds everything."
     rows, names, depth, last, whole = [], [], 0, "", True
+    source = re.sub(r"\A.*?(?=^def )", "", source, flags=re.M | re.S)          # without decorators
+    if not source.startswith("def "):
+        return []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and depth == 1 and last in ("(", ",", "*", "**"):
             names.append(token.string)
@@ -186,8 +191,8 @@ def equations() -> str:
     for part, rows in yaml.safe_load((DOCS / "equations.yaml").read_text(encoding="utf-8")).items():
         lines += [f"## {part}", ""]
         for row in rows:
-            if missing := [symbol for symbol in row["symbols"] if symbol not in known] or not row["symbols"]:
-                raise ValueError(f"The equation {row['name']!r} has no cell: no chapter exports {missing}.")
+            if missing := [symbol for symbol in row["symbols"] or ["(none named)"] if symbol not in known]:
+                raise ValueError(f"The equation {row['name']!r} has no cell: no chapter exports {', '.join(missing)}.")
             lines += [f"**{row['name']}**", "", "$$", row["tex"].strip(), "$$", "", "; ".join(f"[`{symbol}`](#cell-{known[symbol][1]}) in [{heading(known[symbol][0])}](/{place(known[symbol][0])}.ipynb)" for symbol in row["symbols"]), ""]
     return "\n".join(lines)
 

@@ -35,10 +35,10 @@ class VelocityAnswer(nn.Module):
     def __init__(self, model: SolutionModel): super().__init__(); self.model = model
     def forward(self, x, t, y=None): return self.model.velocity_from(self.model.F(x, t, t, y), x, t)
 
-# %% ../nbs/4_practice/03_play.ipynb #a7840c27
+# %% ../nbs/4_practice/03_play.ipynb #ca69742b
 def graph_of(answer: nn.Module, given: dict) -> bytes:   # name -> example, in the order of `forward`
-    "A module as an ONNX graph with one output, `out`. The first axis of all examples that are as long as the first one is left open, up to 4,096."
-    n, count = torch.export.Dim("n", max=4096), len(next(iter(given.values())))
+    "A module as an ONNX graph with one output, `out`. The first axis of all examples that are as long as the first one is left open."
+    n, count = torch.export.Dim("n"), len(next(iter(given.values())))
     graph = torch.export.export(answer.eval(), tuple(given.values()), dynamic_shapes=tuple({0: n} if len(example) == count else None for example in given.values()))
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
@@ -52,9 +52,9 @@ def graph_of(answer: nn.Module, given: dict) -> bytes:   # name -> example, in t
 # %% ../nbs/4_practice/03_play.ipynb #933d696a
 ANSWERS = {"map": MapAnswer, "velocity": VelocityAnswer}
 
-# %% ../nbs/4_practice/03_play.ipynb #7ed1c26c
+# %% ../nbs/4_practice/03_play.ipynb #295564e8
 def to_onnx(model: SolutionModel, what: str) -> bytes:   # "map" or "velocity"
-    "An answer of a model in the plane as an ONNX graph for up to 4,096 points: x (n, 2), t (n,), for the map s (n,), with classes y (n,) -> out (n, 2). Raises InputError for another answer, another model, or if packages are missing."
+    "An answer of a model in the plane as an ONNX graph for any number of points: x (n, 2), t (n,), for the map s (n,), with classes y (n,) -> out (n, 2). Raises InputError for another answer, another model, or if packages are missing."
     if what not in ANSWERS: raise unknown("answer", what, ANSWERS)
     if missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]: raise InputError(f"An export to ONNX needs {' and '.join(missing)}. Install what is missing: pip install 'soflow_edu[play]'.")
     if getattr(model.net, "options", {}).get("dim") != 2: raise InputError("Only a map of points in the plane can be exported here: a network 'mlp' with dim 2.")
@@ -65,12 +65,12 @@ def to_onnx(model: SolutionModel, what: str) -> bytes:   # "map" or "velocity"
 # %% ../nbs/4_practice/03_play.ipynb #70f36bcf
 ASSETS = Path(import_module("soflow_edu").__file__).parent / "page"       # page.html, page.css, page.js, flow.js
 
-# %% ../nbs/4_practice/03_play.ipynb #395eb39c
+# %% ../nbs/4_practice/03_play.ipynb #1c704beb
 def components(law) -> list:   # a GaussianMixture or FiniteSet in the plane
     "The components of a law as the page wants them: mean, std (0 for a point), weight and label. Raises InputError for a law without components in the plane."
     if not isinstance(law, GaussianMixture | FiniteSet) or tuple(law.shape) != (2,): raise InputError(f"The page knows Gaussian mixtures and finite sets in the plane, but got {type(law).__name__} of shape {tuple(law.shape)}. Give law_of(...) of a data set of the plane.")
     means, stds = (law.points, torch.zeros_like(law.points)) if isinstance(law, FiniteSet) else (law.means, law.stds)
-    if not torch.equal(stds[:, 0], stds[:, 1]): raise InputError("The page draws round Gaussians only, but one of these has another standard deviation in each direction.")
+    if not torch.equal(stds[:, 0], stds[:, 1]): raise InputError("The page draws round Gaussians only, but one of these has a different standard deviation in each direction.")
     rows = zip(means.tolist(), stds[:, 0].tolist(), law.weights.tolist(), law.labels.tolist())
     return [{"mean": mean, "std": std, "weight": weight, "label": label} for mean, std, weight, label in rows]
 
@@ -87,12 +87,13 @@ def runtime_folder(folder=None) -> Path:   # the folder dist of onnxruntime-web;
 # %% ../nbs/4_practice/03_play.ipynb #0e8fa4ab
 def packed(content: bytes) -> str: return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
-# %% ../nbs/4_practice/03_play.ipynb #61bbf353
+# %% ../nbs/4_practice/03_play.ipynb #38879f88
 def page(model: SolutionModel, law,          # a map of the plane on the linear path; the law that it was trained on
          runtime=None,                       # folder dist of onnxruntime-web
          start=(1.1, -0.6), reach: float = 3.2,   # where the point is at first; the plane is shown from -reach to reach
          draws: int = 400, seed: int = 0) -> str:   # points of the law that are drawn, at the time s
     "The page as HTML, with everything inside. Raises InputError for a model, a law or a folder that does not fit."
+    if model.conditional and (strange := {c["label"] for c in components(law)} - set(range(model.net.classes))): raise InputError(f"The law has the labels {sorted(strange)}, but the network knows 0 to {model.net.classes - 1}. Give the law that it was trained on.")
     if model.path.__class__.__name__ != "LinearPath": raise InputError("The page computes its truth on the linear path only. Give a model that was trained on it.")
     place, g = runtime_folder(runtime), torch.Generator().manual_seed(seed)
     numbers = torch.cat([torch.rand(draws, 2, generator=g), torch.randn(draws, 4, generator=g)], 1)

@@ -1,4 +1,4 @@
-"Two widgets in a real JupyterLab and in Notebook 7, driven by mouse, keyboard and touch in headless Chromium."
+"Two widgets in a real JupyterLab and in Notebook 7, driven by mouse, keyboard and touch in headless Chromium, and the page of chapter play inside both."
 import json
 import os
 import secrets
@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from soflow_edu.cifar10 import load_weights
+from soflow_edu.distributions import law_of
+from soflow_edu.play import write_page
+
 BROWSER = Path(__file__).parent / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-READY = CHROMIUM and shutil.which("node") and (BROWSER / "node_modules/playwright-core/package.json").exists()
-CELLS = ["from soflow_edu.widgets import drag_noise, training_film\nnoise = drag_noise()\nnoise", "film = training_film()\nfilm", "print(noise.values, film.values)"]
+RUNTIME = Path(__file__).parent.parent / "docs/node_modules/onnxruntime-web/dist"
+READY = CHROMIUM and shutil.which("node") and (BROWSER / "node_modules/playwright-core/package.json").exists() and RUNTIME.exists()
+CELLS = ["from soflow_edu.widgets import drag_noise, training_film\nnoise = drag_noise()\nnoise", "film = training_film()\nfilm", "print(noise.values, film.values)",
+         "from IPython.display import IFrame\nIFrame('play.html', width='100%', height=760)"]
 
 pytestmark = pytest.mark.skipif(not READY, reason="needs node, chromium and playwright-core: make browser")
 
@@ -31,6 +37,7 @@ def notebook() -> str:
 def jupyter(request, tmp_path):
     "A server of its own on 127.0.0.1, with its settings in a temporary folder: the application and the address of a notebook."
     (tmp_path / "widgets.ipynb").write_text(notebook())
+    write_page(tmp_path / "play.html", load_weights("plane-labelled"), law_of("eight_gaussians"))
     quiet = tmp_path / "JUPYTERLAB_SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings"     # no question about news over the page
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -59,7 +66,7 @@ def jupyter(request, tmp_path):
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def test_widgets_answer_mouse_keyboard_and_touch(jupyter):
+def test_widgets_and_the_page_to_play_with_answer(jupyter):
     application, url = jupyter
     settings = {"url": url, "chromium": CHROMIUM, "lab": application == "lab", "shots": os.environ.get("SOFLOW_SHOTS", "")}
     done = subprocess.run(["node", str(BROWSER / "drive.mjs"), json.dumps(settings)], capture_output=True, text=True, timeout=600)
@@ -78,5 +85,6 @@ def test_widgets_answer_mouse_keyboard_and_touch(jupyter):
 
     assert seen["End"]["words"].startswith("After 6,000 of 6,000") and seen["Home"]["words"].startswith("After 0 of")
     assert seen["End"]["picture"] != seen["Home"]["picture"] and "'frame': 0" in seen["printed"]
+    assert "learned map, one evaluation: (1.5" in seen["inside"], "the page of chapter play does not run inside the notebook"
     if application == "lab":
         assert seen["darkChanged"] and min(int(part) for part in seen["darkInk"].strip("rgba()").split(",")[:3]) > 180, "the ink does not follow the dark theme"

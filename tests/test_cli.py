@@ -17,7 +17,7 @@ def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):
     folder = tmp_path / "runs/demo"
     numbers = json.loads((folder / "demo.json").read_text())
     assert set(numbers) == DEMO and json.loads((tmp_path / "copy.json").read_text()) == numbers
-    assert numbers["train_seconds"] < 3 and "relative_rmse" in first.stdout
+    assert numbers["train_seconds"] < 5 and "relative_rmse" in first.stdout
     assert {"config.yaml", "model.safetensors", "run.json", "log.csv", "table.txt", "figure.png"} <= {path.name for path in folder.iterdir()}
     second = soflow("demo", "--seconds", "1", "--dataset", "two_gaussians", "--seed", "3", folder=tmp_path)
     assert second.returncode == 0, second.stderr

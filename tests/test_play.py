@@ -10,19 +10,12 @@ from test_browser import BROWSER, CHROMIUM, READY
 from soflow_edu import play
 from soflow_edu.cifar10 import load_weights
 from soflow_edu.config import InputError
-from soflow_edu.distributions import FiniteSet, law_of
+from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.odes import ExactFlow, integrate
 from soflow_edu.paths import LinearPath
 from soflow_edu.play import page, runtime_folder, to_onnx, write_page
 
 QUESTIONS = 40
-
-
-def runtime():
-    try:
-        return runtime_folder()
-    except InputError:
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def answers(model, flow_of, x, t, s, n, y, w):
     return mixed(lambda label: model(x, t, s, label))[0], exact[0], integrate(field, x, t, s, method="euler", steps=n).x[0]
 
 
-@pytest.mark.skipif(not READY or not runtime(), reason="needs node, chromium and playwright-core: make browser")
+@pytest.mark.skipif(not READY, reason="needs node, chromium and playwright-core: make browser")
 def test_page_answers_as_python_does_to_mouse_keyboard_and_touch(model, tmp_path):
     law, asked = law_of("eight_gaussians"), list(questions())
     path = write_page(tmp_path / "play.html", model, law)
@@ -126,7 +119,8 @@ def test_graph_without_classes_and_of_other_paths():
         page(plain, law_of("eight_gaussians"))
 
 
-REFUSED = [(lambda m: to_onnx(m, "maps"), "map"), (lambda m: page(m, law_of("digits"), runtime="."), "docs"), (lambda m: runtime_folder("nowhere"), "npm install"),
+REFUSED = [(lambda m: to_onnx(m, "maps"), "map"), (lambda m: page(m, law_of("eight_gaussians"), runtime="."), "npm install"),
+           (lambda m: page(m, GaussianMixture(torch.eye(2), torch.ones(2), labels=torch.tensor([0, 9]))), "labels \\[9\\]"), (lambda m: runtime_folder("nowhere"), "npm install"),
            (lambda m: play.components(law_of("digits")), "plane")]
 
 

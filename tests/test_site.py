@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from test_browser import BROWSER, CHROMIUM, READY
 
 ROOT = Path(__file__).parent.parent
-SITE = ROOT / "docs/_site"
+SITE = ROOT / "docs/_build/site"
 sys.path.insert(0, str(ROOT / "docs"))
 import pages  # noqa: E402
 
@@ -27,11 +28,11 @@ def test_every_equation_has_its_cell():
     assert len(re.findall(r"\(#cell-\w+\)", text)) == sum(len(row["symbols"]) for row in rows)
 
 
-@pytest.mark.parametrize("symbols", ["[]", "[consistency.solution_lost]"])
-def test_an_equation_without_a_cell_stops_the_site(tmp_path, monkeypatch, symbols):
+@pytest.mark.parametrize("symbols, named", [("[]", "none named"), ("[consistency.solution_lost]", "consistency.solution_lost")])
+def test_an_equation_without_a_cell_stops_the_site(tmp_path, monkeypatch, symbols, named):
     (tmp_path / "equations.yaml").write_text(f"Losses:\n  - {{name: Lost, tex: x, symbols: {symbols}}}\n")
     monkeypatch.setattr(pages, "DOCS", tmp_path)
-    with pytest.raises(ValueError, match="Lost"):
+    with pytest.raises(ValueError, match=f"Lost.*{named}"):
         pages.equations()
 
 
@@ -43,6 +44,20 @@ def test_reference_holds_every_exported_name_with_what_its_comments_say():
             assert all(f"## {name.split('.')[1]}\n" in text for name, (place, _) in known.items() if place == path and "._" not in name)
     text = pages.reference("comparing", next(path for path in pages.chapters() if path.stem == "07_comparing"), known)
     assert "| `x1`, `y` | noise (B, ...) and labels (B,)" in text and "| in and out | (n, ...), (n, ...) |" in text and "Raises InputError for an unknown metric" in text
+    assert pages.parameters(lambda: None) == [] and "| `count` | how many |" in pages.parameters(decorated)
+
+
+@contextmanager
+def decorated(law,
+              count: int = 3):   # how many
+    yield law
+
+
+def test_names_of_chapters_become_links():
+    places = {"solution": "1_plane/06_solution.ipynb", "flow matching": "1_plane/05_flow_matching.ipynb"}
+    one, two, bare = "[*solution*](/1_plane/06_solution.ipynb)", "[*flow_matching*](/1_plane/05_flow_matching.ipynb)", "*nowhere*"
+    assert pages.linked("See chapters *flow_matching*, *nowhere* and *solution*, not *solution*.", places) == f"See chapters {two}, {bare} and {one}, not *solution*."
+    assert pages.linked("(chapter *solution*) [a](../1_plane/06_solution.ipynb)", places) == f"(chapter {one}) [a](/1_plane/06_solution.ipynb)"
 
 
 def test_chapters_link_each_other_and_fold_solutions():
@@ -85,6 +100,7 @@ def test_all_pages_are_there_with_texts_for_pictures_and_whole_links():
     assert {*(f"{chapter}.html" for chapter in CHAPTERS), *(f"reference/{module}.html" for module in modules), "index.html", "equations.html", "configurations.html", "gallery.html", "search.html"} <= built.keys()
     for name, page in built.items():
         assert all(len(alt) > 5 for alt in page.pictures), f"{name}: a picture without a text"
+        assert str(ROOT) not in (SITE / name).read_text(encoding="utf-8"), f"{name} names a path of this machine"
         assert not [link for link in page.fetched if re.match(r"(https?:)?//", link)], f"{name} fetches from elsewhere"
         for link in page.links:
             target, _, anchor = link.partition("#")

@@ -49,9 +49,10 @@ export function follow(field, x, t, s, tolerance = 1e-6) {   // -> states [[x, y
     }
     const wrong = [0, 1].map((d) => h * ERROR.reduce((sum, c, j) => sum + c * k[j][d], 0))
     const error = Math.hypot(...wrong) / tolerance
+    if (!Number.isFinite(error)) throw new Error('the velocity is not finite here')
     if (error <= 1) { t -= h; x = end; k1 = k[6]; states.push(x) }
     h *= Math.min(5, Math.max(0.2, 0.9 * (error + 1e-12) ** -0.2))
-    if (h < 1e-10) break
+    if (h < 1e-10) throw new Error('the steps of the solver became too small')
   }
   return states
 }

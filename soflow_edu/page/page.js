@@ -5,7 +5,7 @@ const at = (id) => document.getElementById(id)
 const canvas = at('plane'), pen = canvas.getContext('2d')
 const state = { x: content.start, t: 1, s: 0, n: 4, y: null, w: 1, own: null, drawing: false }
 const frames = []                     // milliseconds of work, of the last frames
-let sessions = null, busy = false, again = false, last = null, ends = null
+let sessions = null, failure = '', busy = false, again = false, ends = null
 
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0))
 const unzipped = async (text) => new Uint8Array(await new Response(new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream('gzip'))).arrayBuffer())
@@ -50,10 +50,10 @@ async function euler(x, t, s, n) {
 const law = () => state.own ?? content.law
 async function compute() {
   const { x, t, s, n, y, w } = state, found = { exact: exact(law(), x, t, s, y, w) }
-  if (!state.own) {
+  if (!state.own && sessions) {
     found.map = (await guided('map', [x], t, s))[0]
     found.euler = await euler(x, t, s, n)
-  } else found.euler = Array.from({ length: n }).reduce((states, _, k) => {
+  } else if (state.own) found.euler = Array.from({ length: n }).reduce((states, _, k) => {
     const z = states[k], v = velocity(law(), z, Math.max(t + (s - t) * k / n, EARLY))
     return [...states, [0, 1].map((d) => z[d] + (s - t) / n * v[d])]
   }, [x])
@@ -61,7 +61,7 @@ async function compute() {
 }
 
 async function frame() {
-  if (!sessions) return
+  if (!sessions && !failure) return
   if (busy) { again = true; return }
   busy = true
   try {
@@ -70,7 +70,7 @@ async function frame() {
     paint(); say()
     frames.push(performance.now() - start)
     if (frames.length > 500) frames.shift()
-  } finally { busy = false }
+  } catch (error) { at('words').textContent = `No answer for this point: ${error.message}.` } finally { busy = false }
   if (again) { again = false; requestAnimationFrame(frame) }
 }
 const refresh = () => requestAnimationFrame(frame)
@@ -135,15 +135,17 @@ function background() {
 function paint() {
   const box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1
   size = box.width
-  if (canvas.width !== Math.round(size * ratio)) canvas.width = canvas.height = Math.round(size * ratio)
+  if (!size) return
+  const pixels = Math.round(size * ratio)
+  if (canvas.width !== pixels || canvas.height !== pixels) canvas.width = canvas.height = pixels
   pen.setTransform(1, 0, 0, 1, 0, 0)
   pen.drawImage(background(), 0, 0)
   pen.setTransform(canvas.width / size, 0, 0, canvas.width / size, 0, 0)
   if (state.own) for (const c of state.own) mark(c.mean, 'disc', colour('ink'), 4)
   if (ends) {
     line(ends.exact, colour('exact'), 3)
-    line(ends.euler, colour('euler'), 1.8, [6, 4])
-    for (const p of ends.euler.slice(1)) mark(p, 'square', colour('euler'), 3.5)
+    if (ends.euler) line(ends.euler, colour('euler'), 1.8, [6, 4])
+    for (const p of ends.euler?.slice(1) ?? []) mark(p, 'square', colour('euler'), 3.5)
     mark(ends.exact.at(-1), 'disc', colour('exact'), 7)
     if (ends.map) { arrow(state.x, ends.map, colour('learned')); mark(ends.map, 'diamond', colour('learned'), 5) }
   }
@@ -153,24 +155,28 @@ function paint() {
 // ------------------------------------------------------------------------------------------- words
 const shown = (p) => `(${p.map((v) => v.toFixed(2).replace('-', '−')).join(', ')})`
 const distance = (p, q) => Math.hypot(p[0] - q[0], p[1] - q[1]).toFixed(3)
+let saying = 0
 function say() {
   const plural = state.n === 1 ? 'step' : 'steps'
-  if (!ends) at('words').textContent = 'There are no points yet. Press “Draw your own points” and click into the plane.'
+  if (!ends) at('words').textContent = `There are no points yet. ${state.drawing ? 'Click in the plane to add some.' : 'Press “Draw your own points” and click in the plane.'}`
   else {
     const end = ends.exact.at(-1), mixture = state.y !== null && state.w !== 1
     at('words').textContent = [`Point ${shown(state.x)} at time ${state.t.toFixed(2)}`, `exact at time ${state.s.toFixed(2)}: ${shown(end)}`,
-      ends.map ? `${mixture ? 'two learned maps, mixed' : 'learned map, one evaluation'}: ${shown(ends.map)}, ${distance(ends.map, end)} away` : 'the network does not know your points',
-      `Euler, ${state.n} ${plural}: ${shown(ends.euler.at(-1))}, ${distance(ends.euler.at(-1), end)} away`].join('\n')
+      ends.map ? `${mixture ? 'two learned maps, mixed' : 'learned map, one evaluation'}: ${shown(ends.map)}, ${distance(ends.map, end)} away` : state.own ? 'the network does not know your points' : failure,
+      ends.euler && `Euler, ${state.n} ${plural}: ${shown(ends.euler.at(-1))}, ${distance(ends.euler.at(-1), end)} away`].filter(Boolean).join('\n')
   }
   for (const id of ['t', 's', 'w']) { at(id).value = state[id]; at(`${id}-value`).textContent = state[id].toFixed(id === 'w' ? 1 : 2) }
   at('n').value = state.n; at('n-value').textContent = state.n
   at('w').disabled = state.y === null
+  at('w-why').textContent = state.y === null ? ' (choose a class first)' : ''
+  clearTimeout(saying)
+  saying = setTimeout(() => { at('said').textContent = at('words').textContent }, 700)      // once the point rests: a reader aloud cannot follow a drag
   at('guidance').hidden = !content.classes || state.own !== null
   at('draw').setAttribute('aria-pressed', state.drawing)
   at('clear').disabled = !state.own?.length
   at('back').disabled = state.own === null
-  at('hint').textContent = state.drawing ? 'Click into the plane to add points, or press Enter to add one where the noise is; press the button again to drag.' : state.own ? 'The map of this finite set is exact: all noise ends on one of your points.' : state.y !== null && state.w !== 1 ? 'Two finished maps, mixed with w, are not the map of the mixed velocities: guidance belongs into training.' : ''
-  const kinds = [['exact', 'disc', 'exact trajectory and end'], ...(ends?.map ? [['learned', 'arrow', state.y !== null && state.w !== 1 ? 'two learned maps, mixed' : 'learned map, one evaluation']] : []), ['euler', 'square', `Euler, ${state.n} ${plural} along the ${state.own ? 'exact' : 'learned'} velocity`], ['field', 'tick', `exact velocity at time t, towards data`], ['data', 'dots', `data at time s`]]
+  at('hint').textContent = state.drawing ? 'Click in the plane to add points, or press Enter to add one where the noise is; press the button again to drag.' : state.own ? 'The map of this finite set is exact: at s = 0 all noise is on one of your points.' : state.y !== null && state.w !== 1 ? 'Two finished maps, mixed with w, are not the map of the mixed velocities: guidance belongs into training.' : ''
+  const kinds = [['exact', 'disc', 'exact trajectory and end'], ...(ends?.map ? [['learned', 'arrow', state.y !== null && state.w !== 1 ? 'two learned maps, mixed' : 'learned map, one evaluation']] : []), ...(ends?.euler ? [['euler', 'square', `Euler, ${state.n} ${plural} along the ${state.own ? 'exact' : 'learned'} velocity`]] : []), ['field', 'tick', `exact velocity at time t, towards data`], ['data', 'dots', `data at time s`]]
   at('legend').innerHTML = kinds.map(([ink, kind, text]) => `<svg viewBox="0 0 38 16" aria-hidden="true">${sign(kind, `var(--${ink})`)}</svg><span>${text}</span>`).join('')
 }
 function sign(kind, ink) {
@@ -187,6 +193,7 @@ function move(x) { state.x = x.map(inside); refresh() }
 function add(p) { state.own = [...(state.own ?? []), { mean: p, std: 0, weight: 1, label: 0 }]; refresh() }
 let held = false
 canvas.addEventListener('pointerdown', (event) => {
+  if (!event.isPrimary || event.button) return
   canvas.focus(); event.preventDefault()
   if (state.drawing) { add(point(event)); return }
   held = true; canvas.setPointerCapture(event.pointerId); move(point(event))
@@ -195,23 +202,22 @@ canvas.addEventListener('pointermove', (event) => { if (held) move(point(event))
 for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => { held = false })
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }
 canvas.addEventListener('keydown', (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return
   if (KEYS[event.key]) { event.preventDefault(); const far = event.shiftKey ? 0.25 : 0.05; move(state.x.map((v, d) => v + far * KEYS[event.key][d])) }
-  if (event.key === 'Enter' && state.drawing) add([...state.x])
+  if (event.key === 'Enter' && state.drawing && !event.repeat) add([...state.x])
 })
 at('t').addEventListener('input', () => { state.t = +at('t').value; state.s = Math.min(state.s, state.t); refresh() })
 at('s').addEventListener('input', () => { state.s = +at('s').value; state.t = Math.max(state.s, state.t); refresh() })
 for (const id of ['n', 'w']) at(id).addEventListener('input', () => { state[id] = +at(id).value; refresh() })
 at('y').addEventListener('change', () => { state.y = at('y').value === '' ? null : +at('y').value; refresh() })
 at('draw').addEventListener('click', () => { state.drawing = !state.drawing; if (state.drawing) { state.own ??= []; state.y = null; at('y').value = '' } refresh() })
-at('clear').addEventListener('click', () => { state.own = []; refresh() })
-at('back').addEventListener('click', () => { state.own = null; state.drawing = false; refresh() })
+at('clear').addEventListener('click', () => { state.own = []; canvas.focus(); refresh() })       // the button is disabled now, and would lose the focus
+at('back').addEventListener('click', () => { state.own = null; state.drawing = false; canvas.focus(); refresh() })
 new ResizeObserver(refresh).observe(canvas)
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', refresh)
 
-at('y').innerHTML = '<option value="">none</option>' + Array.from({ length: content.classes }, (_, k) => `<option value="${k}">${k}</option>`).join('')
+at('y').innerHTML = '<option value="">none</option>' + (content.classes ? [...new Set(content.law.map((c) => c.label))] : []).map((k) => `<option value="${k}">${k}</option>`).join('')
 at('words').textContent = 'Loading the network …'
-try {
-  await open()
-  await frame()
-  window.play = { state, frames, ends: () => ends, refresh: frame }      // for tests, and for the curious
-} catch (error) { at('words').textContent = `The network could not be started in this browser: ${error.message}` }
+try { await open() } catch (error) { failure = `the network could not be started in this browser: ${error.message}` }
+await frame()
+window.play = { state, frames, ends: () => ends, refresh: frame }        // for tests, and for the curious

@@ -1,4 +1,4 @@
-// Drives two widgets in a real JupyterLab or Notebook and prints what it saw as JSON.
+// Drives two widgets, and opens the page of chapter play, in a real JupyterLab or Notebook and prints what it saw as JSON.
 // node drive.mjs '{"url": ..., "chromium": ..., "lab": true, "shots": "folder or empty"}'
 import { chromium } from "playwright-core";
 
@@ -107,6 +107,13 @@ for (const key of ["End", "Home"]) {
 // The kernel's own values, printed by the third cell.
 await run(2);
 seen.printed = await cell(2).locator(".jp-OutputArea-output").innerText();
+
+// The page of chapter play, in a frame below the fourth cell.
+await run(3);
+const frame = await (await cell(3).locator("iframe").elementHandle()).contentFrame();
+await frame.waitForFunction(() => window.play);
+seen.inside = await frame.evaluate(() => document.getElementById("words").textContent);
+if (shots) await cell(3).screenshot({ path: `${shots}/inside-${lab ? "lab" : "notebook"}.png` });
 
 if (lab) {
   const before = await noise.picture();
