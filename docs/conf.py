@@ -1,10 +1,11 @@
 "How Sphinx builds the site from the pages that docs/pages.py writes. Nothing is fetched when a page is read."
-from configparser import ConfigParser
+import sys
 from pathlib import Path
 
-settings = ConfigParser(delimiters=["="], interpolation=None)
-settings.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
-meta = settings["DEFAULT"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nbs"))
+import book  # noqa: E402
+
+meta = book.metadata()
 
 project, author, release = meta["lib_name"], meta["author"], meta["version"]
 copyright = author

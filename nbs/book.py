@@ -192,10 +192,15 @@ def merged(outputs) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------- links
-def git_url() -> str:
+def metadata():
+    "What settings.ini says, by name."
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return settings["DEFAULT"]["git_url"].strip().removesuffix("/").removesuffix(".git")
+    return settings["DEFAULT"]
+
+
+def git_url() -> str:
+    return metadata()["git_url"].strip().removesuffix("/").removesuffix(".git")
 
 
 def link_cells(path: Path, url: str) -> list:

@@ -21,6 +21,7 @@ from torch import nn
 
 from .config import InputError, read_text, replacing, unknown
 from .distributions import FiniteSet, GaussianMixture
+from .paths import LinearPath
 from .solution import SolutionModel
 
 # %% ../nbs/4_practice/03_play.ipynb #7b8c234c
@@ -93,15 +94,16 @@ def page(model: SolutionModel, law,          # a map of the plane on the linear 
          start=(1.1, -0.6), reach: float = 3.2,   # where the point is at first; the plane is shown from -reach to reach
          draws: int = 400, seed: int = 0) -> str:   # points of the law that are drawn, at the time s
     "The page as HTML, with everything inside. Raises InputError for a model, a law or a folder that does not fit."
-    if model.conditional and (strange := {c["label"] for c in components(law)} - set(range(model.net.classes))): raise InputError(f"The law has the labels {sorted(strange)}, but the network knows 0 to {model.net.classes - 1}. Give the law that it was trained on.")
-    if model.path.__class__.__name__ != "LinearPath": raise InputError("The page computes its truth on the linear path only. Give a model that was trained on it.")
+    parts = components(law)
+    if model.conditional and (strange := {part["label"] for part in parts} - set(range(model.net.classes))): raise InputError(f"The law has the labels {sorted(strange)}, but the network knows 0 to {model.net.classes - 1}. Give the law that it was trained on.")
+    if not isinstance(model.path, LinearPath): raise InputError("The page computes its truth on the linear path only. Give a model that was trained on it.")
     place, g = runtime_folder(runtime), torch.Generator().manual_seed(seed)
     numbers = torch.cat([torch.rand(draws, 2, generator=g), torch.randn(draws, 4, generator=g)], 1)
-    content = {"classes": model.net.classes, "reach": reach, "start": list(start), "law": components(law), "draws": [[round(v, 4) for v in row] for row in numbers.tolist()]}
+    content = {"classes": model.net.classes, "reach": reach, "start": list(start), "law": parts, "draws": [[round(v, 4) for v in row] for row in numbers.tolist()]}
     content |= {what: base64.b64encode(to_onnx(model, what)).decode() for what in ANSWERS}
-    parts = {"css": read_text(ASSETS / "page.css"), "content": json.dumps(content), "runtime": json.dumps({name: packed((place / file).read_bytes()) for name, file in zip(("script", "wasm"), RUNTIME)}),
+    sections = {"css": read_text(ASSETS / "page.css"), "content": json.dumps(content), "runtime": json.dumps({name: packed((place / file).read_bytes()) for name, file in zip(("script", "wasm"), RUNTIME)}),
              "script": read_text(ASSETS / "flow.js").replace("export ", "") + read_text(ASSETS / "page.js")}
-    return re.sub(r"%%(\w+)%%", lambda found: parts[found[1]], read_text(ASSETS / "page.html"))
+    return re.sub(r"%%(\w+)%%", lambda found: sections[found[1]], read_text(ASSETS / "page.html"))
 
 # %% ../nbs/4_practice/03_play.ipynb #661afe3a
 def write_page(path, model: SolutionModel, law, **options) -> Path:   # options of `page`

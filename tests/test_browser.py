@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 
 from soflow_edu.cifar10 import load_weights
+from soflow_edu.config import InputError
 from soflow_edu.distributions import law_of
-from soflow_edu.play import write_page
+from soflow_edu.play import runtime_folder, write_page
 
 BROWSER = Path(__file__).parent / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-RUNTIME = Path(__file__).parent.parent / "docs/node_modules/onnxruntime-web/dist"
-READY = CHROMIUM and shutil.which("node") and (BROWSER / "node_modules/playwright-core/package.json").exists() and RUNTIME.exists()
+READY = CHROMIUM and shutil.which("node") and (BROWSER / "node_modules/playwright-core/package.json").exists()
+try:
+    runtime_folder()
+except InputError:
+    READY = False
 CELLS = ["from soflow_edu.widgets import drag_noise, training_film\nnoise = drag_noise()\nnoise", "film = training_film()\nfilm", "print(noise.values, film.values)",
          "from IPython.display import IFrame\nIFrame('play.html', width='100%', height=760)"]
 
