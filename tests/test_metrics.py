@@ -414,16 +414,13 @@ def test_classifier_and_numbers_of_the_data_root(tmp_path):
     "Real CIFAR-10 where it can be read: 93.4 % and the distances of its README at 2,000 pictures. Else the order of distances on rendered pictures."
     found, path = real("test", 2000), some_weights(tmp_path)
     net = resnet56(path)
-    if found is None:
-        data, more = rendered(200, 1), rendered(200, 2)
-    else:
-        (data, labels), (more, _) = found, real("train", 2000)
-        z = extract(data, net)
-        assert (net.linear(z).argmax(1) == labels).double().mean().item() == pytest.approx(0.934, abs=0.0125)   # two standard errors at 2,000
-        one_class = extract(data[labels == 3], net)
-        assert frechet(one_class, z) == pytest.approx(40, rel=0.35)
-    noise = torch.randn(more.shape, generator=torch.Generator().manual_seed(0))
+    data, more = (rendered(200, 1), rendered(200, 2)) if found is None else (found[0], real("train", 2000)[0])
     z = extract(data, net)
+    if found is not None:
+        labels = found[1]
+        assert (net.linear(z).argmax(1) == labels).double().mean().item() == pytest.approx(0.934, abs=0.0125)   # two standard errors at 2,000
+        assert frechet(z[labels == 3], z) == pytest.approx(40, rel=0.35)
+    noise = torch.randn(more.shape, generator=torch.Generator().manual_seed(0))
     spoilt = [frechet(extract((more + level * noise).round().clamp(0, 255).to(torch.uint8), net), z) for level in (0, 8, 64)]
     print(found is not None, spoilt)
     assert spoilt[0] < spoilt[1] < spoilt[2]
