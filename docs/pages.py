@@ -119,8 +119,9 @@ def shortened(value, length: int = 200) -> str:
 
 
 def signature(name: str, value) -> str:
+    "As written, with types by their names alone."
     try:
-        return f"{'class ' if inspect.isclass(value) else ''}{name}{inspect.signature(value)}"
+        return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", f"{'class ' if inspect.isclass(value) else ''}{name}{inspect.signature(value)}")
     except (ValueError, TypeError):
         return name
 

@@ -175,7 +175,7 @@ function say() {
   at('draw').setAttribute('aria-pressed', state.drawing)
   at('clear').disabled = !state.own?.length
   at('back').disabled = state.own === null
-  at('hint').textContent = state.drawing ? 'Click in the plane to add points, or press Enter to add one where the noise is; press the button again to drag.' : state.own ? 'The map of this finite set is exact: at s = 0 all noise is on one of your points.' : state.y !== null && state.w !== 1 ? 'Two finished maps, mixed with w, are not the map of the mixed velocities: guidance belongs into training.' : ''
+  at('hint').textContent = state.drawing ? 'Click in the plane to add a point, on a point to remove it; Enter does the same where the noise is. Press the button again to drag.' : state.own ? 'The map of this finite set is exact: at s = 0 all noise is on one of your points.' : state.y !== null && state.w !== 1 ? 'Two finished maps, mixed with w, are not the map of the mixed velocities: guidance belongs into training.' : ''
   const kinds = [['exact', 'disc', 'exact trajectory and end'], ...(ends?.map ? [['learned', 'arrow', state.y !== null && state.w !== 1 ? 'two learned maps, mixed' : 'learned map, one evaluation']] : []), ...(ends?.euler ? [['euler', 'square', `Euler, ${state.n} ${plural} along the ${state.own ? 'exact' : 'learned'} velocity`]] : []), ['field', 'tick', `exact velocity at time t, towards data`], ['data', 'dots', `data at time s`]]
   at('legend').innerHTML = kinds.map(([ink, kind, text]) => `<svg viewBox="0 0 38 16" aria-hidden="true">${sign(kind, `var(--${ink})`)}</svg><span>${text}</span>`).join('')
 }
@@ -190,12 +190,17 @@ function sign(kind, ink) {
 // ------------------------------------------------------------------------------------------- hands
 const inside = (v) => Math.min(content.reach, Math.max(-content.reach, v))
 function move(x) { state.x = x.map(inside); refresh() }
-function add(p) { state.own = [...(state.own ?? []), { mean: p, std: 0, weight: 1, label: 0 }]; refresh() }
+const NEAR = 0.2      // a click as close as this means the point that is there
+function toggle(p) {
+  const own = state.own ?? [], others = own.filter(({ mean }) => Math.hypot(mean[0] - p[0], mean[1] - p[1]) > NEAR)
+  state.own = others.length < own.length ? others : [...own, { mean: p, std: 0, weight: 1, label: 0 }]
+  refresh()
+}
 let held = false
 canvas.addEventListener('pointerdown', (event) => {
   if (!event.isPrimary || event.button) return
   canvas.focus(); event.preventDefault()
-  if (state.drawing) { add(point(event)); return }
+  if (state.drawing) { toggle(point(event)); return }
   held = true; canvas.setPointerCapture(event.pointerId); move(point(event))
 })
 canvas.addEventListener('pointermove', (event) => { if (held) move(point(event)) })
@@ -204,7 +209,7 @@ const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDow
 canvas.addEventListener('keydown', (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey) return
   if (KEYS[event.key]) { event.preventDefault(); const far = event.shiftKey ? 0.25 : 0.05; move(state.x.map((v, d) => v + far * KEYS[event.key][d])) }
-  if (event.key === 'Enter' && state.drawing && !event.repeat) add([...state.x])
+  if (event.key === 'Enter' && state.drawing && !event.repeat) toggle([...state.x])
 })
 at('t').addEventListener('input', () => { state.t = +at('t').value; state.s = Math.min(state.s, state.t); refresh() })
 at('s').addEventListener('input', () => { state.s = +at('s').value; state.t = Math.max(state.s, state.t); refresh() })
