@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from .comparing import Comparison
-from .config import InputError, build, canvas, data_root, read_text, register, replacing, to_yaml, unknown
+from .config import InputError, build, canvas, data_root, package_root, read_text, register, replacing, to_yaml, unknown
 from .digits import Pictures, show_pictures
 from .metrics import colours
 from .solution import SolutionModel
@@ -368,7 +368,7 @@ def export_weights(run,                  # folder of a run
 # %% ../nbs/2_images/04_cifar10.ipynb #adca0ad3
 def kept_file(name: str) -> Path:   # such as "cifar10-soflow.safetensors"
     "A file that this project keeps: in the folder runs of the data root, or in data/runs of a clone. Raises InputError if it is in neither."
-    places = [folder / "runs" / name for folder in (data_root(), Path(import_module("soflow_edu").__file__).parent.parent / "data")]
+    places = [folder / "runs" / name for folder in (data_root(), package_root().parent / "data")]
     found = [path for path in places if path.is_file()]
     if not found: raise InputError(f"{name} was not found, neither in the folder runs of the data root nor in data/runs of a clone of the course. Train a model yourself (soflow train cifar10-laptop), or clone the whole course.")
     return found[0]

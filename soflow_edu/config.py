@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['CATALOGUE', 'RANGES', 'DECAYS', 'OPTIMISERS', 'PRECISIONS', 'LENGTHS', 'COLOURS', 'MARKERS', 'InputError', 'unknown',
            'register', 'names', 'find', 'fits', 'check_options', 'check_least', 'build', 'describe', 'Config',
-           'check_config', 'read_yaml', 'read_text', 'make_config', 'to_yaml', 'load_config', 'shipped_configs',
-           'replacing', 'fresh_folder', 'cache_root', 'data_root', 'choose_device', 'choose_precision', 'canvas',
-           'show']
+           'check_config', 'read_yaml', 'read_text', 'make_config', 'to_yaml', 'load_config', 'package_root',
+           'shipped_configs', 'replacing', 'fresh_folder', 'cache_root', 'data_root', 'choose_device',
+           'choose_precision', 'canvas', 'show']
 
 # %% ../nbs/0_start/01_config.ipynb #9193b118
 import difflib
@@ -44,7 +44,7 @@ CATALOGUE = {
     "network": {"mlp": "flow_matching", "conv": "digits", "unet": "unet", "dit": "dit"},
     "objective": {"flow_matching": "flow_matching", "soflow": "consistency", "semigroup": "consistency", "meanflow": "objectives", "consistency": "objectives",
                   "shortcut": "objectives", "staged": "objectives", "reflow": "objectives", "regression": "objectives"},
-    "coefficients": {"euler": "solution", "trigonometric": "solution"},
+    "coefficients": {"euler": "solution", "trigonometric": "solution", "data": "solution"},
     "metric": {"one_step": "comparing", "transport": "comparing", "properties": "comparing", "triangle": "comparing",
                "evaluations": "comparing", "trajectories": "comparing", "distance_maps": "cifar10"},
     "schedule": {"constant": "consistency", "linear": "consistency", "cosine": "consistency", "exponential": "consistency"},
@@ -240,9 +240,13 @@ def load_config(name: str) -> Config:   # "plane", or the path of a YAML file
     return find("reader", "published")(content) if "model_type" in content else make_config(content)
 
 # %% ../nbs/0_start/01_config.ipynb #30e52e7a
+def package_root() -> Path:
+    "The folder of the package; in a clone it lies beside nbs and data."
+    return Path(import_module("soflow_edu").__file__).resolve().parent
+
 def shipped_configs() -> dict:   # name -> path
     "The configurations of the course."
-    return {path.stem: path for path in sorted((Path(import_module("soflow_edu").__file__).parent / "configs").glob("*.yaml"))}
+    return {path.stem: path for path in sorted((package_root() / "configs").glob("*.yaml"))}
 
 # %% ../nbs/0_start/01_config.ipynb #9db8dd7e
 @contextmanager

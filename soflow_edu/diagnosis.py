@@ -81,12 +81,12 @@ def stale_average(run: Run, decay: float = 0.9999) -> Run:
     return replace(run, ema={name: torch.lerp(end[name].float(), start[name].float(), decay**run.step) for name in end})
 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #0dd643f5
-WARD = {"network": {"name": "mlp", "width": 80, "depth": 4, "x_waves": 4, "t_waves": 4}, "batch": 512, "learning_rate": 5e-3, "warmup": 50, "decay": "linear", "ema": 0.99,
+WARD = {"network": {"name": "mlp", "width": 80, "depth": 4, "x_waves": 4, "t_waves": 4}, "batch": 512, "learning_rate": 5e-3, "warmup": 50, "decay": "linear", "ema": 0.99, "steps": 600,
         "objective": {"name": "semigroup", "lam": 0.8, "velocity_weight": [0.5, 0.1], "times": {"name": "corner", "corner": 0.3, "t1": 0.1, "s0": 0.1}}}   # what all patients share
 SHORT = {"name": "exponential", "r_init": 1.0, "r_end": 0.05}       # a schedule for short runs
-RECIPES = {"healthy": {},
-           "healthy_trig": {"path": "trigonometric", "coefficients": "trigonometric"},
-           "healthy_soflow": {"objective": {"name": "soflow", "schedule": SHORT, "target": "own"}, "data": "two_gaussians"},
+RECIPES = {"healthy": {"steps": 1200},
+           "healthy_trig": {"steps": 1200, "path": "trigonometric", "coefficients": "trigonometric"},
+           "healthy_soflow": {"steps": 1200, "objective": {"name": "soflow", "schedule": SHORT, "target": "own"}, "data": "two_gaussians"},
            "no_stop_gradient": {"objective": WithoutStop(schedule=SHORT)},
            "r_is_one": {"objective": {"name": "soflow", "schedule": {"name": "constant", "r_end": 1.0}}},
            "mode_seeking": {"objective": {"name": "soflow", "schedule": SHORT, "p": 1.0}},
@@ -103,13 +103,14 @@ BREAKS = {name: lambda run, wrong=wrong: rewired(run, wrong) for name, wrong in 
 # %% ../nbs/1_plane/15_diagnosis.ipynb #38501e4e
 def patient(name: str,                        # a key of RECIPES, to be trained, or of BREAKS, done to a healthy run
             data: str = "eight_gaussians",    # a toy
-            seed: int = 0, steps: int = 1200,
+            seed: int = 0,
+            steps: int = 0,                   # other than those of the recipe
             healthy: Run | None = None,       # a healthy run to break; trained if not given
             ) -> Run:
     "A model that is healthy, or broken on purpose. Raises InputError for an unknown name."
     if name not in RECIPES | BREAKS: raise unknown("patient", name, RECIPES | BREAKS)
     if name in BREAKS: return BREAKS[name](deepcopy(healthy or patient("healthy", data, seed, steps)))
-    recipe = WARD | {"seed": seed, "steps": steps, "data": data} | RECIPES[name]
+    recipe = WARD | {"seed": seed, "data": data} | RECIPES[name] | ({"steps": steps} if steps else {})
     objective, named = recipe["objective"], isinstance(recipe["objective"], dict)
     config = make_config(recipe if named else recipe | {"objective": WARD["objective"]})       # an objective that is wrong on purpose has no name to stand there
     model, made = assemble(config)

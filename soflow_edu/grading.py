@@ -29,14 +29,13 @@ import unicodedata
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from symtable import symtable
 
 import torch
 
-from .config import InputError, fresh_folder, read_text, replacing
+from .config import InputError, fresh_folder, package_root, read_text, replacing
 from .distributions import Distribution, GaussianMixture
 
 # %% ../nbs/4_practice/01_grading.ipynb #a10b80a1
@@ -382,7 +381,7 @@ def rehearse(assignment: Assignment, identifier: str = "rehearsal") -> dict:   #
 # %% ../nbs/4_practice/01_grading.ipynb #1304e6e4
 def course_folder(source: str = "") -> Path:   # folder of solved notebooks; if empty, nbs/assignments of the clone
     "The folder with the solved notebooks. Raises InputError if there are none in it."
-    here, clone = Path("nbs/assignments"), Path(import_module("soflow_edu").__file__).resolve().parent.parent / "nbs" / "assignments"
+    here, clone = Path("nbs/assignments"), package_root().parent / "nbs" / "assignments"
     folder = Path(source) if source else here if here.is_dir() else clone
     if not folder.is_dir() or not list(folder.glob("*.ipynb")): raise InputError(f"No solved notebooks were found in {folder}. They are part of the repository, not of the installed package: run this in a clone, or name a folder with --source.")
     return folder

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import warnings
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import InputError, read_text, replacing, unknown
+from .config import InputError, package_root, read_text, replacing, unknown
 from .distributions import FiniteSet, GaussianMixture
 from .paths import LinearPath
 from .solution import SolutionModel
@@ -64,7 +63,7 @@ def to_onnx(model: SolutionModel, what: str) -> bytes:   # "map" or "velocity"
     return graph_of(ANSWERS[what](model), given)
 
 # %% ../nbs/4_practice/03_play.ipynb #70f36bcf
-ASSETS = Path(import_module("soflow_edu").__file__).parent / "page"       # page.html, page.css, page.js, flow.js
+ASSETS = package_root() / "page"       # page.html, page.css, page.js, flow.js
 
 # %% ../nbs/4_practice/03_play.ipynb #1c704beb
 def components(law) -> list:   # a GaussianMixture or FiniteSet in the plane
@@ -81,7 +80,7 @@ RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")      # file
 # %% ../nbs/4_practice/03_play.ipynb #f88425f8
 def runtime_folder(folder=None) -> Path:   # the folder dist of onnxruntime-web; that of a clone if not given
     "Where the runtime of the page lies. Raises InputError if it is not there."
-    place = Path(folder) if folder else Path(import_module("soflow_edu").__file__).parent.parent / "docs/node_modules/onnxruntime-web/dist"
+    place = Path(folder) if folder else package_root().parent / "docs/node_modules/onnxruntime-web/dist"
     if missing := [name for name in RUNTIME if not (place / name).is_file()]: raise InputError(f"{missing[0]} of onnxruntime-web is not in {place}. In a clone of the course run `npm install --prefix docs`, or name the folder that has it.")
     return place
 

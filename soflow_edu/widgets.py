@@ -16,13 +16,12 @@ import time
 from base64 import b64encode
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from .config import COLOURS, MARKERS, InputError, canvas, load_config, make_config, read_yaml, replacing, to_yaml, unknown
+from .config import COLOURS, MARKERS, InputError, canvas, load_config, make_config, package_root, read_yaml, replacing, to_yaml, unknown
 from .distributions import GaussianMixture, law_of
 from .guidance import GuidanceScale
 from .odes import ExactFlow, integrate, span_times
@@ -508,7 +507,7 @@ MOST_BYTES = 1_000_000   # of all films together
 
 def film_folder() -> Path:
     "Where the films lie inside the package."
-    return Path(import_module("soflow_edu").__file__).parent / "frames"
+    return package_root() / "frames"
 
 # %% ../nbs/1_plane/16_widgets.ipynb #a32e1ff0
 def checksums(folder: Path) -> dict:   # SHA-256 by file name

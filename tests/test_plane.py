@@ -53,9 +53,10 @@ def test_same_recipe_on_other_data(name):
     assert report.values["relative_rmse"] < 0.6 * untrained
 
 
-@pytest.mark.parametrize("path", ["linear", "trigonometric"])
-@pytest.mark.parametrize("coefficients", ["euler", "trigonometric"])
-@pytest.mark.parametrize("objective", [{"name": "soflow", "schedule": {"name": "exponential", "r_init": 1.0, "r_end": 0.05}}, "semigroup"], ids=["soflow", "semigroup"])
+SHORT = {"name": "soflow", "schedule": {"name": "exponential", "r_init": 1.0, "r_end": 0.05}}
+
+
+@pytest.mark.parametrize("path, coefficients, objective", [(path, coefficients, objective) for path in ("linear", "trigonometric") for coefficients in ("euler", "trigonometric") for objective in (SHORT, "semigroup")] + [("linear", "data", SHORT)], ids=str)
 def test_every_pair_of_path_and_coefficients_trains(path, coefficients, objective):
     config = replace(load_config("plane"), path=path, coefficients=coefficients, objective=objective, steps=600, seconds=None, batch=256, learning_rate=4e-3)
     law = law_of("eight_gaussians")
