@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Another source of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Python compiles what it imports, which is a small part of what is installed: pip would spend a minute or two on the rest.
+INSTALL = $(BIN)/python -m pip install -q --no-compile --constraint constraints.txt
 STAMP := $(VENV)/.installed
 SITE := $(VENV)/.site
 export OMP_NUM_THREADS ?= 1
@@ -27,7 +29,7 @@ docs: $(SITE) docs/node_modules/.installed
 	@echo "The site is in docs/_build/site: open docs/_build/site/index.html."
 
 $(SITE): $(STAMP)
-	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[site,play]'
+	$(INSTALL) --editable '.[site,play]'
 	touch $@
 
 docs/node_modules/.installed: docs/package.json
@@ -56,8 +58,8 @@ readme: $(STAMP)
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"soflow_edu needs Python 3.11 or newer, and {sys.executable} is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[course,dev]'
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch)
+	$(INSTALL) --editable '.[course,dev]'
 	touch $@
 
 clean:

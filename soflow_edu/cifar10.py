@@ -370,7 +370,7 @@ def kept_file(name: str) -> Path:   # such as "cifar10-soflow.safetensors"
     "A file that this project keeps: in the folder runs of the data root, or in data/runs of a clone. Raises InputError if it is in neither."
     places = [folder / "runs" / name for folder in (data_root(), package_root().parent / "data")]
     found = [path for path in places if path.is_file()]
-    if not found: raise InputError(f"{name} was not found, neither in the folder runs of the data root nor in data/runs of a clone of the course. Train a model yourself (soflow train cifar10-laptop), or clone the whole course.")
+    if not found: raise InputError(f"{name} was not found, neither in the folder runs of the data root nor in data/runs of a clone of the course. Clone the whole course, or train a rung of `soflow ladder` yourself.")
     return found[0]
 
 # %% ../nbs/2_images/04_cifar10.ipynb #c6bc402c

@@ -24,8 +24,10 @@ def wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:   # (n, ...), (n, ..
     "The exact W2 distance between two sets of equal size: root of the mean square distance under the best pairing."
     from scipy.optimize import linear_sum_assignment
     if a.shape != b.shape: raise InputError(f"W2 needs two sets of equal shape, but got {tuple(a.shape)} and {tuple(b.shape)}.")
-    cost = torch.cdist(a.double().flatten(1), b.double().flatten(1)).pow(2).cpu().numpy()
-    return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
+    a, b = (x.double().flatten(1).cpu() for x in (a, b))
+    near = lambda x: (x - x.mean(0)) / (x - x.mean(0)).norm().clamp(min=1e-300)
+    i, j = linear_sum_assignment(torch.cdist(near(a), near(b)).pow(2).numpy())
+    return (a[i] - b[j]).pow(2).sum(1).mean().sqrt().item()
 
 # %% ../nbs/1_plane/07_comparing.ipynb #e73a6aac
 def precision_recall(samples: torch.Tensor, data: torch.Tensor, k: int = 5) -> tuple:   # (n, ...), (m, ...) -> two shares

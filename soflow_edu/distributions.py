@@ -130,18 +130,17 @@ class FiniteSet(Distribution):
     def block_posterior(self, x, t, path, y):
         rows, a, b = x.flatten(1).double(), path.alpha(t.double())[:, None], path.beta(t.double())[:, None]
         if not (b > 0).all(): raise InputError("The velocity of a finite set is singular at t = 0. Stop at t = 0.001 and take the posterior mean, as ExactFlow does.")
-        top, total, mean = torch.full_like(a, -torch.inf), torch.zeros_like(a), torch.zeros_like(rows)
-        mass = torch.zeros_like(a)                                                    # weight of the query's class
+        queries = torch.cat([a / b**2 * rows, -0.5 * (a / b)**2, torch.ones_like(a)], 1)
+        top, sums = torch.full_like(a, torch.finfo(a.dtype).min), torch.zeros_like(queries[:, 1:])     # sums of pi mu and of pi, over exp(top)
         for i in range(0, len(self.points), self.chunk):
-            mu = self.points[i:i + self.chunk].flatten(1).to(rows)                    # (k, D)
-            squares = (rows**2).sum(1, True) - 2 * a * (rows @ mu.T) + a**2 * (mu**2).sum(1)
-            prior = of_class(self.weights[i:i + self.chunk].to(rows).log().expand_as(squares), self.labels[i:i + self.chunk], y)
-            logits = prior - 0.5 * squares / b**2
+            mu, weights = (part[i:i + self.chunk].flatten(1).to(rows) for part in (self.points, self.weights[:, None]))       # (k, D), (k, 1)
+            logits = of_class(queries @ torch.cat([mu, (mu**2).sum(1, True), weights.log()], 1).T, self.labels[i:i + self.chunk], y)
             highest = torch.maximum(top, logits.amax(1, True))
-            old, pi = (top - highest).exp().nan_to_num(0), (logits - highest).exp().nan_to_num(0)
-            total, mean, mass, top = total * old + pi.sum(1, True), mean * old + pi @ mu, mass + prior.exp().sum(1, True), highest
-        m0 = mean / total
-        log_density = top + total.log() - mass.log() - 0.5 * rows.shape[1] * (2 * torch.pi * b**2).log()
+            sums = sums * (top - highest).exp() + (logits - highest).exp() @ torch.cat([mu, torch.ones_like(weights)], 1)
+            top = highest
+        m0, total = sums[:, :-1] / sums[:, -1:], sums[:, -1:]
+        if y is not None: total = total / torch.zeros(self.classes).to(total).index_add(0, self.labels.to(y.device), self.weights.to(total))[y][:, None]     # the weight of the class
+        log_density = top + total.log() - 0.5 * ((rows**2).sum(1, True) / b**2 + rows.shape[1] * (2 * torch.pi * b**2).log())
         return m0.view_as(x).to(x), ((a * m0 - rows) / b**2).view_as(x).to(x), log_density[:, 0].to(x)
 
 # %% ../nbs/1_plane/03_distributions.ipynb #9a40be9f
