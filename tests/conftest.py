@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items):
     "The longest first, in each half of the list: two workers start with one half each, and none is to begin a long test when the other has nothing left."
     def seconds(item):
         path = item.callspec.params.get("path") if item.name.startswith("test_runs[") else None
-        return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("soflow_edu", {}).get("seconds", 0) if path else 30 if item.module.__name__ in LONG else 0
-    long, short = sorted(filter(seconds, items), key=seconds, reverse=True), [item for item in items if not seconds(item)]      # short ones share fixtures with their neighbours
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("soflow_edu", {}).get("seconds", 0) if path else 30 if item.module.__name__ in LONG and "course" not in item.fixturenames else 0
+    long, short = sorted(filter(seconds, items), key=seconds, reverse=True), [item for item in items if not seconds(item)]      # short ones, and those for which one worker builds the course while the other would wait, share fixtures with their neighbours
     half = len(short) // 2
     items[:] = [*long[::2], *short[:half], *long[1::2], *short[half:]]
 

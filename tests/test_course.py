@@ -16,7 +16,7 @@ from soflow_edu.grading import GradingError, grade_course, instructor_cells, per
 ROOT = Path(__file__).parent.parent
 SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
 NAMES = [path.stem for path in SOLVED]
-SECONDS = 12    # a cell of a student, on a busy machine; more where it trains
+SECONDS = 8     # a cell of a student, on a busy machine; more where it trains
 
 
 def soflow(*words):
@@ -155,7 +155,7 @@ def test_marks_of_each_assignment(path, tmp_path):
     "Every second question right, the others wrong. The rehearsal in `course` has tried each right and each wrong answer by itself, and none at all; empty submissions, endless loops and crashes are tried below."
     assignment, wrong = read_assignment(path), half_wrong(read_assignment(path))
     hand_in(tmp_path / "submissions/ada", assignment, right_answers(assignment) | wrong)
-    _, rows, got = marked(tmp_path / "submissions", tmp_path / "marks", path.stem, 2 * SECONDS)
+    _, rows, got = marked(tmp_path / "submissions", tmp_path / "marks", path.stem, 3 * SECONDS)
     assert got == {"ada": {q.number: None if q.written else 0.0 if q.number in wrong else q.points for q in assignment.questions}}
     assert not rows["ada"]["notes"]
     reveals_nothing(assignment, tmp_path / "marks" / path.stem, got)

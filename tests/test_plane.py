@@ -58,7 +58,7 @@ SHORT = {"name": "soflow", "schedule": {"name": "exponential", "r_init": 1.0, "r
 
 @pytest.mark.parametrize("path, coefficients, objective", [(path, coefficients, objective) for path in ("linear", "trigonometric") for coefficients in ("euler", "trigonometric") for objective in (SHORT, "semigroup")] + [("linear", "data", SHORT)], ids=str)
 def test_every_pair_of_path_and_coefficients_trains(path, coefficients, objective):
-    config = replace(load_config("plane"), path=path, coefficients=coefficients, objective=objective, steps=500, seconds=None, batch=256, learning_rate=4e-3)
+    config = replace(load_config("plane"), path=path, coefficients=coefficients, objective=objective, steps=600, seconds=None, batch=256, learning_rate=4e-3)
     law = law_of("eight_gaussians")
     step = run_to_end(config, SamplesOnly(law))
     assert compare(trained(step.run), ExactFlow(law, build("path", path)), metrics=("one_step",)).values["relative_rmse"] < 0.4
