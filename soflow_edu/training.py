@@ -274,9 +274,9 @@ def train(model, objective, data,      # a SolutionModel; an objective; anything
 
     Raises InputError if the loss stops being finite, if `resume` belongs to another model or objective, or if a checkpoint cannot be written; Stopped if a run with `out` is told to stop."""
     device, first, wall = next(model.parameters()).device, processes()[0] == 0, bool(config.minutes)
-    start = clock(device, wall) - (resume.seconds if resume else 0.0)
     if resume: check_resume(resume, model, objective)
     run = resume or begin(model, objective, config)
+    start = clock(device, wall) - run.seconds
     run.learner = run.learner or learner_of(model, objective)
     if not run.steps: run.steps = steps_within(run, first_pace(run, objective, data))
     done, begun = run.step, clock(device, wall)

@@ -67,7 +67,7 @@ def course(tmp_path_factory, worker_id):
 
 
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)
-def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course):
+def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
 
@@ -89,6 +89,7 @@ def test_student_notebook_holds_no_secret_and_runs_without_answers(path, course)
 
     notebook = nbformat.read(student, as_version=4)
     nbformat.validate(notebook)
+    monkeypatch.setenv("JUPYTER_PATH", warm.kernels())
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(stderr=subprocess.DEVNULL)      # raises if a cell does
     said = "".join(output.text for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if output.output_type == "stream")
     assert all(re.search(rf"^Question {q.number}\b.*not (done )?yet", said, flags=re.M) for q in assignment.questions if not q.written)

@@ -2,13 +2,12 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 from soflow_edu import config as config_module
@@ -516,6 +515,6 @@ def test_the_reader_is_found_by_name():
 
 def test_parity_passes_in_a_fresh_process():
     "Networks are imported when they are asked for: nothing may depend on what was imported before."
-    done = subprocess.run([sys.executable, "-m", "soflow_edu", "parity", str(Path(__file__).parent / "parity"), "--only", "unet"], capture_output=True, text=True)
+    done = warm.run("soflow", "parity", Path(__file__).parent / "parity", "--only", "unet")
     assert done.returncode == 0 and "ABOVE ITS" not in done.stdout and ", 0 above." in done.stdout, done.stdout
-    assert subprocess.run([sys.executable, "-m", "soflow_edu", "parity", "nowhere"], capture_output=True).returncode == 2
+    assert warm.run("soflow", "parity", "nowhere").returncode == 2
