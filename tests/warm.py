@@ -75,9 +75,6 @@ def attend(line):
 @cache
 def kernels():
     "A path for Jupyter on which `python3` is a kernel of the server's, while this process lives."
-    ready = context.Process(target=os.getpid)       # Jupyter takes a kernel for dead that must wait for the server
-    ready.start()
-    ready.join()
     listener, folder = Listener(), tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     def serve():
