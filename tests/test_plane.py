@@ -181,6 +181,12 @@ def test_a_run_is_resumed_only_as_itself(tmp_path):
         resume_run(tmp_path / "run")
 
 
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 @dataclass
 class Slowing:
     "Data that take CPU seconds to draw, after the first calls, as on a machine that becomes slower."
@@ -191,9 +197,7 @@ class Slowing:
 
     def sample(self, n, generator):
         self.calls += 1
-        end = time.process_time() + self.delay * (self.calls > 60)
-        while time.process_time() < end:
-            pass
+        burn(self.delay * (self.calls > 60))
         return self.law.sample(n, generator)
 
 
@@ -209,8 +213,7 @@ def test_a_budget_is_used_up_and_the_schedules_come_to_their_end(delay):
 
 def test_the_clock_starts_when_the_run_stands(monkeypatch):
     def slow(*given):
-        end = time.process_time() + 1
-        while time.process_time() < end: pass
+        burn(1)
         return begin(*given)
     monkeypatch.setattr(training, "begin", slow)
     step = run_to_end(make_config({"steps": 3, "batch": 16, "objective": "flow_matching", "device": "cpu"}), law_of("two_gaussians"))
