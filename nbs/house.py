@@ -1,0 +1,209 @@
+"""The house rules of the code, as counts and as a list of the places that break them.
+
+Used by `python nbs/book.py measure` and `python nbs/book.py style`, and by the tests.
+ruff checks lines, imports and complexity; this file checks what ruff has no rule for.
+"""
+
+import ast
+import json
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CODE_WIDTH = 88
+OUTPUT_WIDTH = 100
+MOST_STATEMENTS = 25
+MEDIAN_STATEMENTS = 6
+MOST_EXPORTED_IN_A_ROW = 3
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+CHECKS = ("assert", "refusal(", "show(", "print(", "display(")
+
+
+@dataclass
+class Cell:
+    "A code cell, or a whole file of code."
+
+    place: str
+    source: str
+    exported: bool = False
+
+    def tree(self) -> ast.Module:
+        return ast.parse(without_magic(self.source))
+
+
+@dataclass
+class Finding:
+    "A place that breaks a rule."
+
+    place: str
+    line: int
+    rule: str
+
+    def __str__(self) -> str:
+        return f"{self.place}:{self.line}: {self.rule}"
+
+
+def without_magic(source: str) -> str:
+    "Code without the lines that only IPython understands."
+    lines = source.splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+
+
+# ------------------------------------------------------------------------ reading
+def cells_of(path: Path, root: Path) -> list[Cell]:
+    "The code cells of a notebook, or a Python file as one cell."
+    place = path.relative_to(root).as_posix()
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return [Cell(place, text)]
+    cells = []
+    for number, cell in enumerate(json.loads(text)["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.strip():
+            exported = source.startswith("#| export")
+            cells.append(Cell(f"{place}[{number}]", source, exported))
+    return cells
+
+
+def printed_lines(path: Path) -> list[str]:
+    "Every line of text among the stored outputs of a notebook."
+    lines = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            shown = output.get("text", [] if "image/png" in data else data.get("text/plain"))
+            lines += "".join(shown or []).splitlines()
+    return lines
+
+
+# ------------------------------------------------------------------------ rules
+def nested_conditional(node: ast.AST) -> bool:
+    if not isinstance(node, ast.IfExp):
+        return False
+    inner = [child for child in ast.walk(node) if isinstance(child, ast.IfExp)]
+    return len(inner) > 1
+
+
+def bound_lambda(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
+
+
+def dense_comprehension(node: ast.AST) -> bool:
+    if not isinstance(node, COMPREHENSIONS):
+        return False
+    conditions = sum(len(part.ifs) for part in node.generators)
+    inner = [child for child in ast.walk(node) if isinstance(child, COMPREHENSIONS)]
+    return len(node.generators) > 1 or conditions > 1 or len(inner) > 1
+
+
+def joined_assignment(node: ast.AST) -> bool:
+    "`a, b = c, d`, unless the right side uses what the left side changes, as a swap does."
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return False
+    target = node.targets[0]
+    if not isinstance(target, ast.Tuple):
+        return False
+    changed = {ast.unparse(part) for part in target.elts}
+    used = {ast.unparse(part) for part in ast.walk(node.value)}
+    return not changed & used
+
+
+RULES = {
+    "a conditional expression inside another": nested_conditional,
+    "a lambda bound to a name": bound_lambda,
+    "a comprehension with two `for`, two conditions, or one inside it": dense_comprehension,
+    "a tuple assigned to a tuple": joined_assignment,
+}
+
+
+def broken_rules(cell: Cell) -> Iterator[Finding]:
+    "The places in a cell that break one of RULES."
+    for node in ast.walk(cell.tree()):
+        for rule, breaks in RULES.items():
+            if breaks(node):
+                yield Finding(cell.place, node.lineno, rule)
+
+
+def is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def statements(cell: Cell) -> int:
+    "Statements of a cell at all depths; docstrings and imports do not count."
+    free = (ast.Import, ast.ImportFrom)
+    found = [node for node in ast.walk(cell.tree()) if isinstance(node, ast.stmt)]
+    return sum(not isinstance(node, free) and not is_docstring(node) for node in found)
+
+
+def defines(cell: Cell) -> bool:
+    "Whether an exported cell defines something, and is not only imports and constants."
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return cell.exported and any(isinstance(node, kinds) for node in cell.tree().body)
+
+
+def checks(cell: Cell) -> bool:
+    "Whether a cell checks or shows something."
+    return not cell.exported and any(word in cell.source for word in CHECKS)
+
+
+def followed(cells: list[Cell]) -> list[bool]:
+    "For each exported definition, whether the next code cell checks or shows it."
+    pairs = zip(cells, [*cells[1:], Cell("", "")], strict=True)
+    return [checks(after) for cell, after in pairs if defines(cell)]
+
+
+def too_many_in_a_row(cells: list[Cell]) -> Iterator[Finding]:
+    "Exported definitions that come after three others without a check between."
+    run = 0
+    for cell in cells:
+        if defines(cell):
+            run += 1
+        elif checks(cell):
+            run = 0
+        if run > MOST_EXPORTED_IN_A_ROW:
+            yield Finding(cell.place, 1, "more than three exported cells in a row")
+
+
+def notebook_findings(path: Path, root: Path) -> Iterator[Finding]:
+    "What a notebook breaks as a whole: sizes of cells, checks, printed lines."
+    cells = cells_of(path, root)
+    place = path.relative_to(root).as_posix()
+    sizes = [statements(cell) for cell in cells]
+    for cell, size in zip(cells, sizes, strict=True):
+        if size > MOST_STATEMENTS:
+            yield Finding(cell.place, 1, f"{size} statements in a cell")
+    if sizes and statistics.median(sizes) > MEDIAN_STATEMENTS:
+        median = statistics.median(sizes)
+        yield Finding(place, 0, f"a median of {median} statements a cell")
+    yield from too_many_in_a_row(cells)
+    for line in printed_lines(path):
+        if len(line) > OUTPUT_WIDTH:
+            yield Finding(place, 0, f"prints {len(line)} columns: {line[:60]} ...")
+
+
+def findings(path: Path, root: Path) -> list[Finding]:
+    "All places of a file that break the rules of the house."
+    found = [finding for cell in cells_of(path, root) for finding in broken_rules(cell)]
+    for cell in cells_of(path, root):
+        for number, line in enumerate(cell.source.splitlines(), 1):
+            if len(line) > CODE_WIDTH and not line.startswith("#|"):
+                found.append(Finding(cell.place, number, f"{len(line)} columns"))
+    if path.suffix == ".ipynb":
+        found += notebook_findings(path, root)
+    return found
+
+
+def main(*names: str):
+    "Prints what the named files break."
+    for name in names:
+        path = Path(name).resolve()
+        for finding in findings(path, path.parent):
+            print(finding)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
