@@ -144,6 +144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'soflow_edu.config.package_root': ('0_start/config.html#package_root', 'soflow_edu/config.py'),
                                    'soflow_edu.config.read_text': ('0_start/config.html#read_text', 'soflow_edu/config.py'),
                                    'soflow_edu.config.read_yaml': ('0_start/config.html#read_yaml', 'soflow_edu/config.py'),
+                                   'soflow_edu.config.refusal': ('0_start/config.html#refusal', 'soflow_edu/config.py'),
                                    'soflow_edu.config.register': ('0_start/config.html#register', 'soflow_edu/config.py'),
                                    'soflow_edu.config.replacing': ('0_start/config.html#replacing', 'soflow_edu/config.py'),
                                    'soflow_edu.config.shipped_configs': ('0_start/config.html#shipped_configs', 'soflow_edu/config.py'),

@@ -137,6 +137,22 @@ def describe(component) -> dict:   # {"name": ..., option: value}, plain enough 
     plain = lambda value: describe(value) if is_dataclass(value) or hasattr(value, "spec") else list(value) if isinstance(value, tuple) else value
     return {"name": component.registered_name} | {f.name: plain(getattr(component, f.name)) for f in fields(component) if f.init}
 
+# %% ../nbs/0_start/01_config.ipynb #5aed1d07
+def refusal(
+    action,  # what is to be refused
+    *args,
+    hidden_path="",  # a folder that the message shall not show
+    **options,
+) -> str:
+    """The message with which an action refuses its input.
+
+    Raises AssertionError if it does not."""
+    try:
+        action(*args, **options)
+    except InputError as error:
+        return str(error).replace(f"{hidden_path}/", "") if hidden_path else str(error)
+    raise AssertionError("the input was accepted")
+
 # %% ../nbs/0_start/01_config.ipynb #f69fb199
 @dataclass
 class Config:
