@@ -1,15 +1,18 @@
-"""Keeps the book: exports the notebooks, checks that they agree with the package, executes them, and writes README.md.
+"""Keeps the book: exports and checks the notebooks, executes them, writes README.md.
 
-    python nbs/book.py export             notebooks -> soflow_edu/
-    python nbs/book.py check              exit 1 if the package is not what the notebooks export
-    python nbs/book.py run [NAME ...]     execute all notebooks, or those whose path holds a NAME, and store their outputs
-    python nbs/book.py readme             nbs/index.ipynb -> README.md and nbs/pictures/
-    python nbs/book.py links              links to Colab and Binder, and a cell that installs, into each chapter; out of it if settings.ini names no git_url
+python nbs/book.py export          notebooks -> soflow_edu/ and its catalogue
+python nbs/book.py check           exit 1 if the package is not what they export
+python nbs/book.py run [NAME ...]  execute all notebooks, or those whose path holds a
+                                   NAME, and store their outputs
+python nbs/book.py readme          nbs/index.ipynb -> README.md and nbs/pictures/
+python nbs/book.py links           links to Colab and Binder into each chapter, or
+                                   out of it if settings.ini names no git_url
+python nbs/book.py style [NAME ..] places that break the rules of the house
+python nbs/book.py measure [REV]   the house in numbers, now or at a git revision
 """
-import ast
+
 import base64
 import filecmp
-import hashlib
 import os
 import re
 import shutil
@@ -19,18 +22,27 @@ import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
-import yaml
+import house
+import measures
+from digests import digest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS, PACKAGE = ROOT / "nbs", ROOT / "soflow_edu"
-WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}   # every other module is exported from a notebook
-CELL_LIMIT = 240                    # seconds a cell may take
+NOTEBOOKS = ROOT / "nbs"
+PACKAGE = ROOT / "soflow_edu"
+PICTURES = NOTEBOOKS / "pictures"
+# Every other module is exported from a notebook.
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}
+CELL_LIMIT = 900  # seconds a cell may take where other work goes on beside it
 
 
-def notebooks() -> list:
+def notebooks() -> list[Path]:
     "All notebooks in reading order: the index, then the chapters."
-    found = [p for p in NOTEBOOKS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NOTEBOOKS).parts)]
-    return sorted(found, key=lambda p: (p.parent != NOTEBOOKS, str(p)))
+    found = []
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        parts = path.relative_to(NOTEBOOKS).parts
+        if not any(part.startswith((".", "_")) for part in parts):
+            found.append(path)
+    return sorted(found, key=lambda path: (path.parent != NOTEBOOKS, str(path)))
 
 
 def read(path):
@@ -39,159 +51,170 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
 def code_cells(notebook) -> list:
     "Without the cell that installs the package where a chapter is opened alone."
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip() and "install" not in cell.metadata.get("tags", [])]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        cell for cell in cells if cell.source.strip() and "install" not in tags(cell)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- export and check
-def export(root: Path = ROOT):
-    "Exports the notebooks below root/nbs and removes modules that no notebook exports any more."
-    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=root, check=True, stdout=subprocess.DEVNULL)
-    exported = {m[1] + ".py" for p in (root / "nbs").rglob("*.ipynb") for m in re.finditer(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))}
-    for module in (root / "soflow_edu").glob("*.py"):
-        if module.name not in exported | WRITTEN_BY_HAND | {"_modidx.py"}:
-            module.unlink()
+def sources(notebook) -> list[str]:
+    return [cell.source for cell in code_cells(notebook)]
 
 
-def differences() -> list:
-    "Names of modules that are not what the notebooks export, found by exporting a copy."
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__", "kernel-*"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        (copy / "soflow_edu").mkdir()
-        for name in WRITTEN_BY_HAND:
-            shutil.copy(PACKAGE / name, copy / "soflow_edu")
-        export(copy)
-        names = {p.name for folder in (PACKAGE, copy / "soflow_edu") for p in folder.glob("*.py")}
-        return sorted(filecmp.cmpfiles(PACKAGE, copy / "soflow_edu", names, shallow=False)[1] + filecmp.cmpfiles(PACKAGE, copy / "soflow_edu", names, shallow=False)[2])
-
-
-# ---------------------------------------------------------------------------------------------------- digest
-def without_magic(source: str) -> str:
-    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-
-
-def imported(source: str) -> set:
-    "Names of the modules of soflow_edu that a piece of code imports."
-    found = set()
-    for node in ast.walk(ast.parse(without_magic(source))):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 and node.module or (node.module or "").startswith("soflow_edu.")):
-            found.add(node.module.removeprefix("soflow_edu."))
-        elif isinstance(node, ast.ImportFrom) and (node.level == 1 or node.module == "soflow_edu"):
-            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("soflow_edu.")}
+# -------------------------------------------------------------------- export and check
+def modules(root: Path) -> list[str]:
+    "The modules that the notebooks below root/nbs export, in reading order."
+    found = []
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        found += re.findall(r"#\| default_exp (\w+)", path.read_text(encoding="utf-8"))
     return found
 
 
-def catalogue() -> dict:
-    "Which module each registered name lives in, read from the source of config; readers of files apart, which no configuration names."
-    for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Assign) and node.targets[0].id == "CATALOGUE":
-            return {name: module for kind, entries in ast.literal_eval(node.value).items() if kind != "reader" for name, module in entries.items()}
-    raise ValueError("config.py holds no CATALOGUE")
+# Run in a process of its own: each new name belongs to the module just imported.
+COLLECT = """
+import json, sys
+from importlib import import_module
+from soflow_edu import core
+core.catalogue = dict
+found = {}
+for module in sys.argv[2:]:
+    before = set(core._registered)
+    import_module(f"soflow_edu.{module}")
+    for kind, name in core._registered.keys() - before:
+        found.setdefault(kind, {})[name] = module
+text = json.dumps(found, indent=1, sort_keys=True)
+open(sys.argv[1], "w", encoding="utf-8").write(text + chr(10))
+"""
 
 
-def built(code: str) -> set:
-    "Modules of the components that code names: in its own strings, or through the configurations if it reads one."
-    words = {node.value for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    named = words | texts(yaml.safe_load_all(configurations(code)))
-    return {module for name, module in catalogue().items() if name in named and (PACKAGE / f"{module}.py").exists()}
+def write_catalogue(root: Path):
+    "Collects what the modules of root/soflow_edu register into its catalogue."
+    target = root / "soflow_edu" / "catalogue.json"
+    command = [sys.executable, "-c", COLLECT, target, *modules(root)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run(command, cwd=root, env=environment, check=True)
 
 
-def texts(content) -> set:
-    "All texts in what a YAML file holds, but for keys."
-    parts = content.values() if isinstance(content, dict) else [] if isinstance(content, str) or not hasattr(content, "__iter__") else content
-    return {content} if isinstance(content, str) else {text for part in parts for text in texts(part)}
+def export(root: Path = ROOT):
+    "Exports the notebooks below root/nbs; modules that none exports are removed."
+    command = Path(sys.executable).with_name("nbdev-export")
+    subprocess.run([command], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    exported = {f"{name}.py" for name in modules(root)}
+    for module in (root / "soflow_edu").glob("*.py"):
+        if module.name not in exported | WRITTEN_BY_HAND | {"_modidx.py"}:
+            module.unlink()
+    write_catalogue(root)
 
 
-READS, LISTS = ("load_config", "soflow demo", "soflow_edu.cli", "main(["), ("soflow demo", "soflow_edu.cli", "main([", "shipped_configs", "rungs", "ladder_table", "verdict(")
+def differences() -> list[str]:
+    "Names of files that are not what the notebooks export, found by exporting a copy."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        unwanted = shutil.ignore_patterns(".*", "__pycache__", "kernel-*")
+        shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=unwanted)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        fresh = copy / "soflow_edu"
+        fresh.mkdir()
+        for name in WRITTEN_BY_HAND:
+            shutil.copy(PACKAGE / name, fresh)
+        export(copy)
+        names = {path.name for path in [*PACKAGE.glob("*.py"), *fresh.glob("*.py")]}
+        names.add("catalogue.json")
+        _, changed, missing = filecmp.cmpfiles(PACKAGE, fresh, names, shallow=False)
+        return sorted(changed + missing)
 
 
-def configurations(code: str) -> str:
-    "The shipped configurations that code reads: those that it names, if it only loads some by name, and otherwise all."
-    if not any(word in code for word in READS):
-        return ""
-    loads = [node.args for node in ast.walk(ast.parse(without_magic(code))) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "load_config"]
-    named = {args[0].value if args and isinstance(args[0], ast.Constant) else None for args in loads}
-    every = None in named or not named or any(word in code for word in LISTS)
-    return "\n---\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "configs").glob("*.yaml")) if every or path.stem in named)
-
-
-def digest(notebook) -> str:
-    "A hash of the code cells, of every module that they import or build, directly or through another module, and of the configurations that they read."
-    code = "\n\n".join(cell.source for cell in code_cells(notebook))
-    run = "\n\n".join(cell.source for cell in code_cells(notebook) if not cell.source.startswith("#| export"))
-    waiting, modules = imported(code) | built(run), {}
-    while waiting:
-        name = waiting.pop()
-        modules[name] = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
-        waiting |= imported(modules[name]) - modules.keys()
-    # Neither the comments in which nbdev names the cell of origin nor empty lines are part of what a module does.
-    text = [re.sub(r"^# %% .*$", "", modules[name], flags=re.M) for name in sorted(modules)]
-    if settings := configurations(run):
-        text.append(settings)
-    return hashlib.sha256("\0".join(re.sub(r"\n\s*\n+", "\n", part) for part in [code, *text]).encode()).hexdigest()[:16]
-
-
+# ------------------------------------------------------------------------- run
 def staleness(path: Path) -> str:
     "Why the stored outputs of a notebook cannot be trusted; empty if they can."
     notebook = read(path)
     cells = code_cells(notebook)
     if not cells:
         return ""
-    if "digest" not in notebook.metadata.get("soflow_edu", {}):
+    stored = notebook.metadata.get("soflow_edu", {})
+    if "digest" not in stored:
         return "was never executed as a whole"
-    if any(output.output_type == "error" for cell in cells for output in cell.outputs):
+    outputs = []
+    for cell in cells:
+        outputs += cell.outputs
+    if any(output.output_type == "error" for output in outputs):
         return "holds an error output"
-    if notebook.metadata.soflow_edu.digest != digest(notebook):
+    if stored["digest"] != digest(sources(notebook)):
         return "was executed with other code than it holds or imports now"
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------- run
+def child_seconds() -> float:
+    "CPU seconds of all processes that this one has started and seen end."
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def execute(path: Path) -> float:
-    "Executes a notebook in a fresh kernel, stores it with its outputs and digest, and returns the CPU seconds it took, which do not depend on what else the machine does."
+    """Executes a notebook in a fresh kernel, and stores it with outputs and digest.
+
+    Returns its CPU seconds, which do not depend on other work of the machine."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = read(path)
-    spent = lambda: os.times().children_user + os.times().children_system
-    start = spent()
-    client = NotebookClient(notebook, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
-    client.execute(stderr=subprocess.DEVNULL)   # the kernel's own log; errors of cells are raised here
-    seconds = spent() - start
+    start = child_seconds()
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_LIMIT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute(stderr=subprocess.DEVNULL)  # the kernel's own log
+    seconds = child_seconds() - start
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = merged(cell.outputs)
-    notebook.metadata = nbformat.from_dict({
-        "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
-        "soflow_edu": {"digest": digest(notebook), "seconds": round(seconds)},
-    })
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    record = {"digest": digest(sources(notebook)), "seconds": round(seconds)}
+    metadata = {"kernelspec": kernel, "soflow_edu": record}
+    notebook.metadata = nbformat.from_dict(metadata)
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
     return seconds
 
 
+def is_progress(output) -> bool:
+    stream = output.output_type == "stream" and output.name == "stderr"
+    return stream and "\r" in output.text
+
+
+def continues(output, before) -> bool:
+    "Whether an output goes on with the stream of the one before it."
+    both = output.output_type == before.output_type == "stream"
+    return both and output.name == before.name
+
+
 def merged(outputs) -> list:
-    "Outputs with consecutive pieces of one stream joined, as a reader sees them; progress bars, and what is live only with a kernel, are left out."
+    """Outputs with consecutive pieces of one stream joined, as a reader sees them.
+
+    Progress bars, and what is live only with a kernel, are left out."""
     kept = []
     for output in outputs:
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-        if output.output_type == "stream" and output.name == "stderr" and "\r" in output.text:
+        if is_progress(output):
             continue
-        if kept and output.output_type == "stream" == kept[-1].output_type and kept[-1].name == output.name:
+        if kept and continues(output, kept[-1]):
             kept[-1].text += output.text
         else:
             kept.append(output)
     return kept
 
 
-# ---------------------------------------------------------------------------------------------------- links
+# ------------------------------------------------------------------------- links
 def metadata():
     "What settings.ini says, by name."
     settings = ConfigParser(delimiters=["="], interpolation=None)
@@ -203,20 +226,39 @@ def git_url() -> str:
     return metadata()["git_url"].strip().removesuffix("/").removesuffix(".git")
 
 
-def link_cells(path: Path, url: str) -> list:
-    "For a notebook: a line of links, and a cell that installs the course from its repository, and does nothing if it is there. None without a repository on GitHub."
-    import nbformat
-
-    if not (repository := re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", url)):
-        return []
-    place = path.relative_to(ROOT).as_posix()
-    links = f"Open this chapter in [Colab](https://colab.research.google.com/github/{repository[1]}/blob/HEAD/{place}) or [Binder](https://mybinder.org/v2/gh/{repository[1]}/HEAD?labpath={place.replace('/', '%2F')})."
-    install = f'''from importlib.util import find_spec
+LINKS = (
+    "Open this chapter in "
+    "[Colab](https://colab.research.google.com/github/{repository}/blob/HEAD/{place})"
+    " or [Binder](https://mybinder.org/v2/gh/{repository}/HEAD?labpath={quoted})."
+)
+INSTALL = """\
+from importlib.util import find_spec
 from subprocess import run
 from sys import executable
 
-if not find_spec("soflow_edu"): run([executable, "-m", "pip", "install", "-q", "soflow_edu[course] @ git+{url}"], check=True)'''
-    return [nbformat.v4.new_markdown_cell(links, id="course-links", metadata={"tags": ["links"]}), nbformat.v4.new_code_cell(install, id="course-install", metadata={"tags": ["install"]})]
+if not find_spec("soflow_edu"):
+    package = "soflow_edu[course] @ git+{url}"
+    run([executable, "-m", "pip", "install", "-q", package], check=True)"""
+
+
+def link_cells(path: Path, url: str) -> list:
+    """For a notebook: a line of links, and a cell that installs the course from its
+    repository, and does nothing if it is there. None without a repository on GitHub."""
+    import nbformat
+
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", url)
+    if not found:
+        return []
+    place = path.relative_to(ROOT).as_posix()
+    quoted = place.replace("/", "%2F")
+    links = LINKS.format(repository=found[1], place=place, quoted=quoted)
+    new = nbformat.v4
+    return [
+        new.new_markdown_cell(links, id="course-links", metadata={"tags": ["links"]}),
+        new.new_code_cell(
+            INSTALL.format(url=url), id="course-install", metadata={"tags": ["install"]}
+        ),
+    ]
 
 
 def set_links(path: Path, url: str):
@@ -224,66 +266,120 @@ def set_links(path: Path, url: str):
     import nbformat
 
     notebook = read(path)
-    cells = [cell for cell in notebook.cells if not {"links", "install"} & set(cell.metadata.get("tags", []))]
-    cells[1:1] = link_cells(path, url)
-    if [cell.id for cell in cells] != [cell.id for cell in notebook.cells] or link_cells(path, url):
+    own = {"links", "install"}
+    cells = [cell for cell in notebook.cells if not own & set(tags(cell))]
+    new = link_cells(path, url)
+    cells[1:1] = new
+    if new or len(cells) != len(notebook.cells):
         notebook.cells = cells
         nbformat.write(notebook, path)
 
 
-# ---------------------------------------------------------------------------------------------------- readme
-PICTURES = ROOT / "nbs" / "pictures"
+# ------------------------------------------------------------------------- readme
+def from_root(text: str) -> str:
+    "Links of the index as they read from the root of the repository."
+    return re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", text)
+
+
+def as_markdown(output, name: str) -> str:
+    "An output of the index as a part of README.md; a picture is written beside it."
+    data = output.get("data", {})
+    if "image/png" in data:
+        PICTURES.mkdir(exist_ok=True)
+        (PICTURES / name).write_bytes(base64.b64decode(data["image/png"]))
+        return f"![{data.get('text/plain', '')}](nbs/pictures/{name})"
+    if "text/markdown" in data:
+        return from_root(data["text/markdown"])
+    if output.output_type == "stream":
+        return "```\n" + output.text.rstrip() + "\n```"
+    return ""
 
 
 def readme() -> str:
-    "The text of README.md: the prose of nbs/index.ipynb with the outputs of its cells; writes the pictures to nbs/pictures/."
-    parts = []
+    """The text of README.md: the prose of nbs/index.ipynb with the outputs of its
+    cells. Writes the pictures to nbs/pictures/."""
+    parts = ["<!-- Made from nbs/index.ipynb by `make readme`. -->"]
     for old in PICTURES.glob("*.png"):
         old.unlink()
     for number, cell in enumerate(read(NOTEBOOKS / "index.ipynb").cells):
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", cell.source))
+            parts.append(from_root(cell.source))
             continue
         if "#| echo" in cell.source:
-            parts.append("```python\n" + re.sub(r"#\| .*\n", "", cell.source).strip() + "\n```")
-        for output in getattr(cell, "outputs", []):
-            data = output.get("data", {})
-            if "image/png" in data:
-                PICTURES.mkdir(exist_ok=True)
-                name = f"index-{number}.png"
-                (PICTURES / name).write_bytes(base64.b64decode(data["image/png"]))
-                parts.append(f"![{data.get('text/plain', '')}](nbs/pictures/{name})")
-            elif "text/markdown" in data:
-                parts.append(re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", data["text/markdown"]))
-            elif output.output_type == "stream":
-                parts.append("```\n" + output.text.rstrip() + "\n```")
-    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+            code = re.sub(r"#\| .*\n", "", cell.source).strip()
+            parts.append(f"```python\n{code}\n```")
+        for output in cell.get("outputs", []):
+            parts.append(as_markdown(output, f"index-{number}.png"))
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------ command line
+def chosen(names: tuple[str, ...]) -> list[Path]:
+    "The notebooks whose path holds one of the names, or all."
+    if not names:
+        return notebooks()
+    found = []
+    for path in notebooks():
+        place = str(path.relative_to(NOTEBOOKS))
+        if any(name in place for name in names):
+            found.append(path)
+    if not found:
+        sys.exit(f"No notebook has one of {', '.join(names)} in its path.")
+    return found
+
+
+def run_check():
+    changed = differences()
+    if changed:
+        sys.exit(
+            f"Not what the notebooks export: {', '.join(changed)}. "
+            "Edit the notebooks, not the modules, then: make export"
+        )
+    print("The package is what the notebooks export.")
+
+
+def run_notebooks(*names: str):
+    for path in chosen(names):
+        print(f"{path.relative_to(NOTEBOOKS)} ... ", end="", flush=True)
+        print(f"{execute(path):.0f} s", flush=True)
+
+
+def run_readme():
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+
+
+def run_links():
+    for path in notebooks():
+        if path.parent != NOTEBOOKS:
+            set_links(path, git_url())
+
+
+def run_style(*names: str):
+    found = house.all_findings(ROOT, names)
+    for finding in found:
+        print(finding)
+    sys.exit(1 if found else 0)
+
+
+def run_measure(revision: str = ""):
+    print(measures.report(revision))
+
+
+COMMANDS = {
+    "export": export,
+    "check": run_check,
+    "run": run_notebooks,
+    "readme": run_readme,
+    "links": run_links,
+    "style": run_style,
+    "measure": run_measure,
+}
+
+
 def main(command: str = "", *names: str):
-    if command == "export":
-        export()
-    elif command == "check":
-        if changed := differences():
-            sys.exit(f"Not what the notebooks export: {', '.join(changed)}. Edit the notebooks, not the modules, then: make export")
-        print("The package is what the notebooks export.")
-    elif command == "run":
-        chosen = [p for p in notebooks() if not names or any(name in str(p.relative_to(NOTEBOOKS)) for name in names)]
-        if not chosen:
-            sys.exit(f"No notebook has one of {', '.join(names)} in its path.")
-        for path in chosen:
-            print(f"{path.relative_to(NOTEBOOKS)} ... ", end="", flush=True)
-            print(f"{execute(path):.0f} s")
-    elif command == "readme":
-        text = readme()
-        (ROOT / "README.md").write_text(text, encoding="utf-8")
-    elif command == "links":
-        for path in notebooks():
-            if path.parent != NOTEBOOKS:
-                set_links(path, git_url())
-    else:
+    if command not in COMMANDS:
         sys.exit(__doc__)
+    COMMANDS[command](*names)
 
 
 if __name__ == "__main__":

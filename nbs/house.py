@@ -6,10 +6,8 @@ ruff checks lines, imports and complexity; this file checks what ruff has no rul
 
 import ast
 import json
-import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +73,9 @@ def printed_lines(path: Path) -> list[str]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            shown = output.get("text", [] if "image/png" in data else data.get("text/plain"))
+            shown = output.get(
+                "text", [] if "image/png" in data else data.get("text/plain")
+            )
             lines += "".join(shown or []).splitlines()
     return lines
 
@@ -101,7 +101,7 @@ def dense_comprehension(node: ast.AST) -> bool:
 
 
 def joined_assignment(node: ast.AST) -> bool:
-    "`a, b = c, d`, unless the right side uses what the left side changes, as a swap does."
+    "`a, b = c, d`, unless the right side uses what the left changes, as a swap does."
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     target = node.targets[0]
@@ -115,7 +115,7 @@ def joined_assignment(node: ast.AST) -> bool:
 RULES = {
     "a conditional expression inside another": nested_conditional,
     "a lambda bound to a name": bound_lambda,
-    "a comprehension with two `for`, two conditions, or one inside it": dense_comprehension,
+    "a comprehension with two `for`, two `if` or one inside": dense_comprehension,
     "a tuple assigned to a tuple": joined_assignment,
 }
 
@@ -156,14 +156,25 @@ def followed(cells: list[Cell]) -> list[bool]:
     return [checks(after) for cell, after in pairs if defines(cell)]
 
 
-def too_many_in_a_row(cells: list[Cell]) -> Iterator[Finding]:
-    "Exported definitions that come after three others without a check between."
+def unchecked_runs(cells: list[Cell]) -> Iterator[tuple[Cell, int]]:
+    "Each exported definition, and how many stand in a row there without a check."
     run = 0
     for cell in cells:
         if defines(cell):
             run += 1
+            yield cell, run
         elif checks(cell):
             run = 0
+
+
+def longest_run(cells: list[Cell]) -> int:
+    "The most exported definitions in a row without a check between."
+    return max((run for _, run in unchecked_runs(cells)), default=0)
+
+
+def too_many_in_a_row(cells: list[Cell]) -> Iterator[Finding]:
+    "Exported definitions that come after three others without a check between."
+    for cell, run in unchecked_runs(cells):
         if run > MOST_EXPORTED_IN_A_ROW:
             yield Finding(cell.place, 1, "more than three exported cells in a row")
 
@@ -187,13 +198,35 @@ def notebook_findings(path: Path, root: Path) -> Iterator[Finding]:
 
 def findings(path: Path, root: Path) -> list[Finding]:
     "All places of a file that break the rules of the house."
-    found = [finding for cell in cells_of(path, root) for finding in broken_rules(cell)]
+    found = []
     for cell in cells_of(path, root):
+        found += broken_rules(cell)
         for number, line in enumerate(cell.source.splitlines(), 1):
             if len(line) > CODE_WIDTH and not line.startswith("#|"):
                 found.append(Finding(cell.place, number, f"{len(line)} columns"))
     if path.suffix == ".ipynb":
         found += notebook_findings(path, root)
+    return found
+
+
+def own_files(root: Path) -> list[Path]:
+    "The files that the rules are for: notebooks, tests, and what keeps the book."
+    folders = ("nbs", "tests", "docs")
+    files = [root / "setup.py"]
+    for folder in folders:
+        for kind in ("*.ipynb", "*.py"):
+            files += sorted((root / folder).rglob(kind))
+    unwanted = ("node_modules", "_build", ".ipynb_checkpoints")
+    return [path for path in files if not set(unwanted) & set(path.parts)]
+
+
+def all_findings(root: Path, names: tuple[str, ...] = ()) -> list[Finding]:
+    "What the files break whose path holds one of the names, or all files."
+    found = []
+    for path in own_files(root):
+        place = path.relative_to(root).as_posix()
+        if not names or any(name in place for name in names):
+            found += findings(path, root)
     return found
 
 

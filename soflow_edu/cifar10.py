@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn import functional
 
 from .comparing import Comparison
-from .config import InputError, build, canvas, data_root, package_root, read_text, register, replacing, to_yaml, unknown
+from .config import data_root, package_root, read_text, replacing, to_yaml
+from .core import InputError, build, canvas, register, unknown
 from .digits import Pictures, show_pictures
 from .metrics import colours
 from .solution import SolutionModel

@@ -11,7 +11,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .config import InputError, fresh_folder, load_config, names, replacing, unknown
+from .config import fresh_folder, load_config, replacing
+from .core import InputError, names, unknown
 
 # %% ../nbs/4_practice/02_command_line.ipynb #f8ec7fa3
 def learn(config):   # a Config whose data are a toy -> Step

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from .config import COLOURS, InputError, canvas, find, register
+from .core import COLOURS, InputError, canvas, find, register
 from .odes import integrate
 from .paths import UniformTimes
 from .solution import ode_residual, rms, semigroup_defect

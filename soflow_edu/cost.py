@@ -16,8 +16,10 @@ import torch
 from torch.nn import functional
 
 from . import unet
-from .config import Config, InputError, load_config, replacing, unknown
-from .consistency import Rows, SoFlow, rows_of, surrogate
+from .config import Config, load_config, replacing
+from .core import InputError, unknown
+from .consistency import surrogate
+from .soflow import Rows, SoFlow, rows_of
 from .flow_matching import Batch, adaptive_weight, mse
 from .guidance import Guided
 from .objectives import peak_memory

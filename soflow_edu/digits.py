@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .config import InputError, build, canvas, check_least, register
+from .core import InputError, build, canvas, check_least, register
 from .distributions import FiniteSet
 from .flow_matching import waves
 

@@ -6,7 +6,7 @@ __all__ = ['Distribution', 'check_query', 'check_data', 'GaussianMixture', 'of_c
 # %% ../nbs/1_plane/03_distributions.ipynb #12a7b726
 import torch
 
-from .config import InputError, build, names, unknown
+from .core import InputError, build, names, unknown
 from .paths import Path, expand
 from .toys import toy
 

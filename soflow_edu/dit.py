@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .config import InputError, check_least, register, unknown
+from .core import InputError, check_least, register, unknown
 from .digits import check_call
 from .unet import full_precision, linear
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .config import InputError, build, check_least, register
+from .core import InputError, build, check_least, register
 
 # %% ../nbs/1_plane/05_flow_matching.ipynb #6cd5bb11
 def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) -> (B, D + 2 D count)

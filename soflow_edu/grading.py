@@ -35,7 +35,8 @@ from symtable import symtable
 
 import torch
 
-from .config import InputError, fresh_folder, package_root, read_text, replacing
+from .config import fresh_folder, package_root, read_text, replacing
+from .core import InputError
 from .distributions import Distribution, GaussianMixture
 
 # %% ../nbs/4_practice/01_grading.ipynb #a10b80a1

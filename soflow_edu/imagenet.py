@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from .cifar10 import SCENES, listed, render
-from .config import InputError, cache_root, check_least, choose_device, data_root, read_text, register, replacing
+from .config import cache_root, choose_device, data_root, read_text, replacing
+from .core import InputError, check_least, register
 from .diagnosis import shape_of
 from .ladder import class_names, decoder_of, sample_run, sampler_of, write_grid
 from .latents import Latents, alone, encode, finished, image_folder, led, open_autoencoder, read_picture, wait_for

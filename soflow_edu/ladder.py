@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from .comparing import compare
-from .config import LENGTHS, Config, InputError, build, canvas, choose_device, describe, fresh_folder, load_config, make_config, names, read_yaml, replacing, shipped_configs, unknown
+from .config import Config, LENGTHS, choose_device, fresh_folder, load_config, make_config, read_yaml, replacing, shipped_configs
+from .core import InputError, build, canvas, describe, names, unknown
 from .diagnosis import shape_of
 from .digits import agreement, mosaic, show_pictures
 from .distributions import law_of

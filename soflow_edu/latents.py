@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional
 
 from .cifar10 import listed
-from .config import InputError, build, check_least, choose_device, data_root, names, read_text, register, replacing, unknown
+from .config import choose_device, data_root, read_text, replacing
+from .core import InputError, build, check_least, names, register, unknown
 from .training import agree, join_processes, processes
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #cd14f97f

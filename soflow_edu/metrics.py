@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from .comparing import evaluating, precision_recall
-from .config import InputError, build, choose_device, data_root, find, register, replacing, unknown
+from .config import choose_device, data_root, replacing
+from .core import InputError, build, find, register, unknown
 from .digits import check_range
 
 # %% ../nbs/2_images/03_metrics.ipynb #6ef9baa0

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from .config import InputError, unknown
+from .core import InputError, unknown
 from .distributions import Distribution, FiniteSet
 from .paths import Path, expand
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from .config import InputError, register
+from .core import InputError, register
 
 # %% ../nbs/1_plane/01_paths.ipynb #a1cc3381
 def expand(t: torch.Tensor,   # (B,) or a scalar

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import InputError, package_root, read_text, replacing, unknown
+from .config import package_root, read_text, replacing
+from .core import InputError, unknown
 from .distributions import FiniteSet, GaussianMixture
 from .paths import LinearPath
 from .solution import SolutionModel

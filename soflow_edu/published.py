@@ -21,8 +21,10 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, InputError, build, choose_device, describe, fresh_folder, read_text, read_yaml, register, replacing, unknown
-from .consistency import Rows, SoFlow, look_ahead, surrogate, towards, velocity_loss
+from .config import Config, choose_device, fresh_folder, read_text, read_yaml, replacing
+from .core import InputError, build, describe, register, unknown
+from .consistency import surrogate, towards
+from .soflow import Rows, SoFlow, output_ahead
 from .diagnosis import shape_of
 from .digits import show_pictures
 from .guidance import Guided, GuidanceScale
@@ -364,11 +366,12 @@ def ours(numbers: Numbers, model: SolutionModel) -> dict:
     with torch.no_grad(): values = dict(zip(OUTPUTS, (model.F(x1, t, s, y, **extras), model(x1, t, s, y, **extras), model.velocity(x1, t, y, **extras), model(x1, 1.0, 0.0, y, **extras))))
     dropped = d["cfg_mask"] if numbers.guided else None
     rows = Rows(*model.path.interpolate(d["x0"], x1, t), t, s, d["l"], y if dropped is None else y.masked_fill(dropped, model.net.classes), dropped, extras)
-    with torch.no_grad(): target, ahead = objective.target.regress(model, rows), look_ahead(model, rows, objective.target.step(model, rows))
-    weighted, error = velocity_loss(objective, model, rows, model.F(rows.xt, t, t, rows.y, **extras), target)
+    v, F_ahead = objective.look_ahead(model, rows)
+    loss = objective.velocity_loss(model, rows, model.F(rows.xt, t, t, rows.y, **extras))
+    weighted, error = loss.weighted, loss.error
     values |= summary("fm", weighted.mean(), error, weighted / error, model.net)
     F = model.F(rows.xt, t, s, rows.y, **extras)
-    q = published_quotient(model, rows, ahead[0], F.detach(), ahead[1])
+    q = published_quotient(model, rows, v, F.detach(), F_ahead)
     square = q.pow(2).flatten(1).mean(1)
     return values | summary("scm", surrogate(F, q, model.coefficients.b(t, s), objective.p, objective.eps), square, (square + objective.eps)**-objective.p, model.net)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, InputError, build, check_least, load_config, unknown
-from .consistency import OwnVelocity, SoFlow
+from .config import Config, load_config
+from .core import InputError, build, check_least, unknown
+from .soflow import OwnVelocity, SoFlow
 from .cost import PUBLISHED
 from .dit import DiT, multiply_adds
 from .guidance import Guided

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .config import InputError, build, describe, register
+from .core import InputError, build, describe, register
 from .paths import expand
 
 # %% ../nbs/1_plane/06_solution.ipynb #703ff3fb

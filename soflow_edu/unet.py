@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from .config import InputError, check_least, register
+from .core import InputError, check_least, register
 from .digits import check_call
 
 # %% ../nbs/2_images/02_unet.ipynb #b06cf1c3

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from soflow_edu import objectives
-from soflow_edu.config import InputError, find, load_config, names
+from soflow_edu.config import load_config
+from soflow_edu.core import InputError, find, names
 from soflow_edu.distributions import law_of
 from soflow_edu.objectives import as_key, bench, bench_table, jobs, read_rows, run_setting
 

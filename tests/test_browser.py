@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from soflow_edu.cifar10 import load_weights
-from soflow_edu.config import InputError
+from soflow_edu.core import InputError
 from soflow_edu.distributions import law_of
 from soflow_edu.play import runtime_folder, write_page
 

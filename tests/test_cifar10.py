@@ -19,7 +19,8 @@ from soflow_edu import cifar10 as chapter
 from soflow_edu.cifar10 import (CLASSES, SCENES, AugmentedPictures, RandomFilters, Warps, augment, cifar10, doubling, draw_warps, export_weights, load_weights, read_card,
                                 read_table, render, rendered_table, warp)
 from soflow_edu.comparing import compare
-from soflow_edu.config import Config, InputError, build, load_config, make_config, read_yaml
+from soflow_edu.config import Config, load_config, make_config, read_yaml
+from soflow_edu.core import InputError, build
 from soflow_edu.digits import Pictures
 from soflow_edu.metrics import evaluate_samples, resnet56
 from soflow_edu.odes import OdeFlow

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from soflow_edu import unet
-from soflow_edu.config import InputError, load_config
-from soflow_edu.consistency import SoFlow
+from soflow_edu.config import load_config
+from soflow_edu.core import InputError
+from soflow_edu.soflow import SoFlow
 from soflow_edu.cost import Noise, StepTimes, bench_step, one_by_one, restated_loss, restated_step, step_config, step_table, write_times, written_out
 from soflow_edu.dit import Attention
 from soflow_edu.flow_matching import Batch

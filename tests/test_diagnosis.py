@@ -8,7 +8,8 @@ import torch
 from filelock import FileLock     # comes with torch
 from test_plane import PictureNetwork
 
-from soflow_edu.config import InputError, build, make_config
+from soflow_edu.config import make_config
+from soflow_edu.core import InputError, build
 from soflow_edu.diagnosis import BREAKS, PATTERNS, RECIPES, MirrorView, Pattern, Posterior, Probe, View, coverage, diagnose, holds, noise_end, patient, report_run, rewired, suspicions
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.odes import ExactFlow, OdeFlow

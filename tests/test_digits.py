@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from soflow_edu.comparing import compare
-from soflow_edu.config import InputError, build, describe, find, load_config
+from soflow_edu.config import load_config
+from soflow_edu.core import InputError, build, describe, find
 from soflow_edu.digits import ConvNet, Pictures, agreement, digit_reader, digits, mosaic, nearest, show_pictures, spread
 from soflow_edu.distributions import FiniteSet, law_of
 from soflow_edu.flow_matching import Batch

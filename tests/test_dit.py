@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from soflow_edu import dit, published
-from soflow_edu.config import InputError, build, make_config
+from soflow_edu.config import make_config
+from soflow_edu.core import InputError, build
 from soflow_edu.dit import MODELS, DiT, positions
 from soflow_edu.published import parity, parity_table, passed, read_numbers
 from soflow_edu.solution import SolutionModel

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from soflow_edu import imagenet
-from soflow_edu.config import InputError, build, describe, load_config, make_config
+from soflow_edu.config import load_config, make_config
+from soflow_edu.core import InputError, build, describe
 from soflow_edu.distributions import law_of
 from soflow_edu.imagenet import imagenette, join_parts, sample_npz, scenes_folder, write_samples, write_sheet
 from soflow_edu.ladder import changed, class_names, decoder_of, evaluate_run, map_of, sample_run, sampler_of

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from soflow_edu import latents
-from soflow_edu.config import InputError, build, make_config
+from soflow_edu.config import make_config
+from soflow_edu.core import InputError, build
 from soflow_edu.distributions import law_of
 from soflow_edu.latents import LATENT_FILE, SCALE, Blocks, Latents, alone, centre_crop, decoder_of_latents, encode, image_folder, new_latent_file, open_autoencoder, read_picture, rows_in_place
 from soflow_edu.training import assemble, load_run, resume_run, train

@@ -13,7 +13,7 @@ from torch import nn
 
 from soflow_edu import metrics
 from soflow_edu.comparing import precision_recall
-from soflow_edu.config import InputError, build
+from soflow_edu.core import InputError, build
 from soflow_edu.metrics import (Inception, Judging, Moments, ResNet56, as_uint8, evaluate_samples, extract, frechet, frechet_bias, kid, mmd2, moments,
                                 read_arrays, read_npz, resnet56, score, write_npz)
 

@@ -10,7 +10,8 @@ from configparser import ConfigParser
 from importlib.metadata import metadata, version
 from pathlib import Path
 
-from soflow_edu.config import CATALOGUE, describe, find, build
+from soflow_edu.config import CATALOGUE
+from soflow_edu.core import build, describe, find
 
 ROOT = Path(__file__).parent.parent
 PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training objectives guidance diagnosis widgets grading cli".split()

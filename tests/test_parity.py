@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from soflow_edu.config import build
+from soflow_edu.core import build
 from soflow_edu.consistency import towards
 
 NUMBERS = json.loads((Path(__file__).parent / "parity/schedules.json").read_text())

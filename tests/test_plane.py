@@ -10,8 +10,9 @@ from torch import nn
 
 from soflow_edu import training
 from soflow_edu.comparing import compare
-from soflow_edu.config import InputError, build, load_config, make_config, register, replacing
-from soflow_edu.consistency import Rows, look_ahead, solution_loss
+from soflow_edu.config import load_config, make_config, replacing
+from soflow_edu.core import InputError, build, register
+from soflow_edu.soflow import Rows, output_ahead
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.flow_matching import Batch
 from soflow_edu.odes import ExactFlow, OdeFlow, integrate
@@ -333,7 +334,7 @@ def test_the_loss_keeps_its_digits_for_short_jumps():
         x1, *times = (part.to(kind) for part in draws)
         xt, v = model.path.interpolate(x0.to(kind), x1, times[0])
         rows = Rows(xt, v, *times)
-        return solution_loss(objective, model, rows, model.F(xt, *times[:2]), *look_ahead(model, rows, v))[0].double()
+        return objective.solution_loss(model, rows, model.F(xt, *times[:2]), v, output_ahead(model, rows, v)).weighted.double()
 
     exact = rows(torch.float64)
     error = ((rows(torch.float32) - exact).norm() / exact.norm()).item()

@@ -9,7 +9,7 @@ from test_browser import BROWSER, CHROMIUM, READY
 
 from soflow_edu import play
 from soflow_edu.cifar10 import load_weights
-from soflow_edu.config import InputError
+from soflow_edu.core import InputError
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
 from soflow_edu.odes import ExactFlow, integrate
 from soflow_edu.paths import LinearPath
@@ -103,7 +103,7 @@ def test_an_interrupted_write_leaves_the_old_page(model, stand_in, monkeypatch):
 
 
 def test_graph_without_classes_and_of_other_paths():
-    from soflow_edu.config import build
+    from soflow_edu.core import build
     from soflow_edu.solution import SolutionModel
 
     plain = SolutionModel(build("network", {"name": "mlp", "width": 16}), "trigonometric", "trigonometric")

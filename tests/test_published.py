@@ -12,8 +12,10 @@ from torch import nn
 
 from soflow_edu import config as config_module
 from soflow_edu import published
-from soflow_edu.config import InputError, build, find, load_config, make_config, names, read_yaml, to_yaml
-from soflow_edu.consistency import Rows, difference_quotient, look_ahead, towards
+from soflow_edu.config import load_config, make_config, read_yaml, to_yaml
+from soflow_edu.core import InputError, build, find, names
+from soflow_edu.consistency import towards
+from soflow_edu.soflow import Rows, difference_quotient, output_ahead
 from soflow_edu.published import Numbers, compared, import_published, model_of, ours, own_name, parity, parity_table, passed, read_checkpoint, read_numbers, read_published, restated, write_numbers
 from soflow_edu.sampling import sample
 from soflow_edu.training import load_run, resume_run, trained
@@ -348,7 +350,8 @@ def test_the_quotient_of_the_training_is_the_published_one_without_its_rounding(
     model, d = model_of(numbers).double(), {name: value.double() for name, value in numbers.given.items()}
     extras = {"augment": d["augment_labels"]}
     rows = Rows(*model.path.interpolate(d["x0"], d["x1"], d["t"]), d["t"], d["s"], d["l"], extras=extras)
-    v, Fl = look_ahead(model, rows, rows.v_cond)
+    v = rows.v_cond
+    Fl = output_ahead(model, rows, v)
     F = model.F(rows.xt, rows.t, rows.s, **extras)
     torch.testing.assert_close(published.published_quotient(model, rows, v, F, Fl), difference_quotient(model, rows.xt, rows.t, rows.s, rows.l, v, F, Fl), rtol=1e-9, atol=1e-9)
 

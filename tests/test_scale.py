@@ -13,7 +13,8 @@ import pytest
 import torch
 import warm
 
-from soflow_edu.config import InputError, load_config, make_config
+from soflow_edu.config import load_config, make_config
+from soflow_edu.core import InputError
 from soflow_edu.distributions import law_of
 from soflow_edu.training import advance, assemble, begin, generator_of, gradient, load_run, resume_run, save_checkpoint, shares, train
 

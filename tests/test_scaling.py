@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from soflow_edu.config import InputError, load_config, make_config
-from soflow_edu.consistency import SoFlow
+from soflow_edu.config import load_config, make_config
+from soflow_edu.core import InputError
+from soflow_edu.soflow import SoFlow
 from soflow_edu.dit import DiT
 from soflow_edu.scaling import evaluations, kept_bytes, launch_text, plan_table, rescaled, step_flops, step_memory
 

@@ -62,9 +62,9 @@ def test_names_of_chapters_become_links():
 
 def test_chapters_link_each_other_and_fold_solutions():
     path = next(path for path in pages.chapters() if path.stem == "08_consistency")
-    made = pages.chapter(path, {"training": "1_plane/10_training.ipynb"})
+    made = pages.chapter(path, {"training": "1_plane/12_training.ipynb"})
     prose = "\n".join(cell.source for cell in made.cells if cell.cell_type == "markdown")
-    assert re.search(r"[Cc]hapter \[\*training\*\]\(/1_plane/10_training.ipynb\)", prose)
+    assert re.search(r"[Cc]hapter \[\*training\*\]\(/1_plane/12_training.ipynb\)", prose)
     assert sum("hide-cell" in cell.metadata.get("tags", []) for cell in made.cells) == 3
     assert not any(line.startswith("#|") for cell in made.cells if cell.cell_type == "code" for line in cell.source.splitlines())
     figures = [cell for cell in made.cells if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]

@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from soflow_edu import unet
-from soflow_edu.config import InputError, build, describe, make_config
-from soflow_edu.consistency import Rows, SoFlow, difference_quotient, look_ahead, surrogate, velocity_loss
+from soflow_edu.config import make_config
+from soflow_edu.core import InputError, build, describe
+from soflow_edu.consistency import surrogate
+from soflow_edu.soflow import Rows, SoFlow, difference_quotient, output_ahead
 from soflow_edu.distributions import FiniteSet
 from soflow_edu.flow_matching import Batch
 from soflow_edu.solution import SolutionModel
@@ -72,10 +74,11 @@ def losses(d, meta, model):
     p, eps, extras = meta["p"], meta["eps"], {"augment": d["augment_labels"]}
     xt, v = model.path.interpolate(d["x0"], d["x1"], d["t"])
     rows = Rows(xt, v, d["t"], d["s"], d["l"], extras=extras)
-    weighted, error = velocity_loss(SoFlow(p=p, eps=eps), model, rows, model.F(xt, d["t"], d["t"], **extras), v)
+    loss = SoFlow(p=p, eps=eps).velocity_loss(model, rows, model.F(xt, d["t"], d["t"], **extras))
+    weighted, error = loss.weighted, loss.error
     yield "fm", weighted.mean(), error, (weighted / error)
     with torch.no_grad():
-        v, Fl = look_ahead(model, rows, v)
+        Fl = output_ahead(model, rows, v)
     Ft = model.F(xt, d["t"], d["s"], **extras)
     q = difference_quotient(model, xt, d["t"], d["s"], d["l"], v, Ft, Fl)
     square = q.pow(2).flatten(1).mean(1)

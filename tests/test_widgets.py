@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from soflow_edu import widgets
-from soflow_edu.config import COLOURS, MARKERS, InputError, load_config, make_config, read_yaml
+from soflow_edu.config import load_config, make_config, read_yaml
+from soflow_edu.core import COLOURS, InputError, MARKERS
 from soflow_edu.distributions import law_of
 from soflow_edu.guidance import GuidanceScale
 from soflow_edu.ladder import MACHINE
