@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'soflow_edu.core.names': ('0_start/core.html#names', 'soflow_edu/core.py'),
                                  'soflow_edu.core.refusal': ('0_start/core.html#refusal', 'soflow_edu/core.py'),
                                  'soflow_edu.core.register': ('0_start/core.html#register', 'soflow_edu/core.py'),
+                                 'soflow_edu.core.run_file': ('0_start/core.html#run_file', 'soflow_edu/core.py'),
                                  'soflow_edu.core.show': ('0_start/core.html#show', 'soflow_edu/core.py'),
                                  'soflow_edu.core.split_description': ('0_start/core.html#split_description', 'soflow_edu/core.py'),
                                  'soflow_edu.core.unknown': ('0_start/core.html#unknown', 'soflow_edu/core.py')},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'read_yaml', 'make_config', 'to_yaml', 'load_config', 'choose_device', 'choose_precision']
 
-# %% ../nbs/1_plane/11_config.ipynb #cd145ef6
+# %% ../nbs/1_plane/11_config.ipynb #3c405c8e
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .core import InputError, find, import_components, unknown
 if TYPE_CHECKING:
     import torch
 
-# %% ../nbs/1_plane/11_config.ipynb #47e58a2d
+# %% ../nbs/1_plane/11_config.ipynb #50934831
 @dataclass
 class Parts:
     "What is trained, each by a name or by {name: ..., option: value}."
@@ -31,7 +31,7 @@ class Parts:
     network: str | dict = "mlp"  # F
     objective: str | dict = "soflow"  # what the network is trained for
 
-# %% ../nbs/1_plane/11_config.ipynb #ea7ca3bd
+# %% ../nbs/1_plane/11_config.ipynb #a06e151d
 @dataclass
 class Length:
     "The length of a run: steps win over minutes, and minutes over seconds."
@@ -40,7 +40,7 @@ class Length:
     minutes: float | None = None  # on the wall clock
     seconds: float | None = 60.0  # CPU seconds on a CPU, wall-clock seconds elsewhere
 
-# %% ../nbs/1_plane/11_config.ipynb #54f97c0b
+# %% ../nbs/1_plane/11_config.ipynb #b4e5c23b
 @dataclass
 class Optimisation:
     "The optimiser, its rate, and the average of the weights."
@@ -56,7 +56,7 @@ class Optimisation:
     clip: float | None = None  # largest gradient norm, if any
     ema: float = 0.999  # decay of the exponential moving average of the weights
 
-# %% ../nbs/1_plane/11_config.ipynb #c6c4ffb6
+# %% ../nbs/1_plane/11_config.ipynb #2f71d9f5
 @dataclass
 class Machine:
     "Random numbers, device and precision."
@@ -68,7 +68,7 @@ class Machine:
     compile: bool = False  # compile the network: minutes at the start, faster steps
     channels_last: bool = False  # layout of pictures that suits many GPUs
 
-# %% ../nbs/1_plane/11_config.ipynb #38ffc96d
+# %% ../nbs/1_plane/11_config.ipynb #483e71e6
 @dataclass
 class Records:
     "What a run writes down, and the modules that its own components come from."
@@ -77,7 +77,7 @@ class Records:
     log_every: int = 20  # steps between two rows of the log
     imports: tuple = ()  # modules, or files in .py, that register own components
 
-# %% ../nbs/1_plane/11_config.ipynb #1b741db5
+# %% ../nbs/1_plane/11_config.ipynb #a83179cf
 def check_types(config):
     "Raises InputError if a field has another type than its annotation."
     for name, kind in get_type_hints(type(config)).items():
@@ -89,7 +89,7 @@ def check_types(config):
             raise InputError(message)
         setattr(config, name, value)
 
-# %% ../nbs/1_plane/11_config.ipynb #55b94f71
+# %% ../nbs/1_plane/11_config.ipynb #ac694b57
 def as_annotated(value, kind):
     "The value with its int made a float, or its list a tuple, where these are meant."
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -147,7 +147,7 @@ def check_length(config):
         )
         raise InputError(message)
 
-# %% ../nbs/1_plane/11_config.ipynb #6b8345ef
+# %% ../nbs/1_plane/11_config.ipynb #66c8f1a4
 DECAYS = ("cosine", "linear", "quadratic", "constant")
 OPTIMISERS = ("adamw", "radam")
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -221,7 +221,7 @@ def read_yaml(
         raise InputError(message)
     return content
 
-# %% ../nbs/1_plane/11_config.ipynb #794d65ef
+# %% ../nbs/1_plane/11_config.ipynb #e742254c
 def number_loader() -> type:
     "PyYAML's safe loader, for which 1e-4 is a number."
     import re
@@ -269,7 +269,7 @@ def package_root() -> Path:
     assert file is not None
     return Path(file).resolve().parent
 
-# %% ../nbs/1_plane/11_config.ipynb #07d74b41
+# %% ../nbs/1_plane/11_config.ipynb #211e82c0
 def shipped_configs() -> dict[str, Path]:  # by name
     "The configurations of the course."
     found = sorted((package_root() / "configs").glob("*.yaml"))
@@ -340,7 +340,7 @@ def fresh_folder(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../nbs/1_plane/11_config.ipynb #cc210763
+# %% ../nbs/1_plane/11_config.ipynb #7042b064
 def next_free(folder: Path) -> Path:
     "FOLDER-1, or the first number that no folder has."
     number = 1
@@ -355,7 +355,7 @@ def cache_root() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches) / "soflow_edu"
 
-# %% ../nbs/1_plane/11_config.ipynb #2ed047b0
+# %% ../nbs/1_plane/11_config.ipynb #bba6686c
 def data_root() -> Path:
     """The folder of the data sets: $SOFLOW_DATA, else ./data, else the user's cache.
 
@@ -410,14 +410,14 @@ def choose_device(
         raise InputError(message)
     return torch.device(f"{kind}:{index}" if index else kind)
 
-# %% ../nbs/1_plane/11_config.ipynb #4975aa42
+# %% ../nbs/1_plane/11_config.ipynb #6aa91371
 def is_gpu_number(kind: str, index: str) -> bool:
     "Whether this machine has a CUDA device of this number."
     import torch
 
     return kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
 
-# %% ../nbs/1_plane/11_config.ipynb #d91acc77
+# %% ../nbs/1_plane/11_config.ipynb #362cc32c
 def multiplies_bfloat16(kind: str) -> bool:  # "cpu", "cuda" or "mps"
     "Whether the hardware multiplies bfloat16 itself."
     import torch

@@ -18,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from importlib.resources import files
 from inspect import signature
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, get_args
 
@@ -32,14 +33,16 @@ def refusal(
     hidden_path="",  # a folder that the message shall not show
     **options,
 ) -> str:
-    """The message with which an action refuses its input.
+    """The message with which an action refuses its input, in lines that fit a page.
 
     Raises AssertionError if it does not."""
     try:
         action(*args, **options)
     except InputError as error:
         message = str(error)
-        return message.replace(f"{hidden_path}/", "") if hidden_path else message
+        if hidden_path:
+            message = message.replace(f"{hidden_path}/", "")
+        return fill(message, 98, break_long_words=False, break_on_hyphens=False)
     raise AssertionError("the input was accepted")
 
 # %% ../nbs/0_start/01_core.ipynb #c52f9f2e
@@ -68,7 +71,7 @@ def check_least(
             )
             raise InputError(message)
 
-# %% ../nbs/0_start/01_core.ipynb #a8b10701
+# %% ../nbs/0_start/01_core.ipynb #bcd78d4e
 KINDS = {
     "path": "how data become noise",
     "times": "which times are drawn in training",
@@ -118,7 +121,7 @@ def register(
 
     return enter
 
-# %% ../nbs/0_start/01_core.ipynb #724ae36b
+# %% ../nbs/0_start/01_core.ipynb #049ca33a
 def check_kind(kind: str):
     "Raises InputError for a kind that does not exist."
     if kind not in KINDS:
@@ -160,7 +163,7 @@ def fits(value, kind) -> bool:
         return isinstance(value, int | float)
     return isinstance(value, kind)
 
-# %% ../nbs/0_start/01_core.ipynb #5800d731
+# %% ../nbs/0_start/01_core.ipynb #6c63ef0b
 def as_read(value):
     "A value as a YAML file has it: it knows lists, but no tuples."
     return list(value) if isinstance(value, tuple) else value
@@ -198,7 +201,7 @@ def check_options(what: str, builder: Callable, options: dict[str, Any]):
         )
         raise InputError(message) from None
 
-# %% ../nbs/0_start/01_core.ipynb #72c611bc
+# %% ../nbs/0_start/01_core.ipynb #6e186c29
 def split_description(kind: str, description: dict[str, Any]) -> tuple[str, dict]:
     """The name and the options of a description.
 
@@ -274,26 +277,36 @@ def described(value):
         return describe(value)
     return as_read(value)
 
-# %% ../nbs/0_start/01_core.ipynb #a5350e51
+# %% ../nbs/0_start/01_core.ipynb #9b2153fb
 def import_file(path: pathlib.Path):
     """Runs a Python file once, as the module that its name says.
 
     Raises InputError if it is missing, or if another module has its name."""
+    name = path.stem
+    if name in _imported_files and not path.is_file():
+        return  # it was given from another place
     if not path.is_file():
         message = (
             f"{path} is missing, but components were to be imported from it. "
             "Start from the folder that holds it, or name it with --import FILE."
         )
         raise InputError(message)
-    present = sys.modules.get(path.stem)
-    if present is not None:
-        if getattr(present, "__file__", None) == str(path.resolve()):
-            return
+    if _imported_files.get(name) == path.resolve():
+        return
+    if name in sys.modules:
         message = (
-            f"{path} cannot be imported as {path.stem}, since another module has this "
+            f"{path} cannot be imported as {name}, since another module has this "
             "name. Rename the file."
         )
         raise InputError(message)
+    run_file(path)
+
+# %% ../nbs/0_start/01_core.ipynb #edee2ab2
+_imported_files: dict[str, pathlib.Path] = {}  # by the name of the module
+
+
+def run_file(path: pathlib.Path):
+    "Runs a Python file as a module; if it fails, it counts as not imported."
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -303,8 +316,9 @@ def import_file(path: pathlib.Path):
     except BaseException:
         del sys.modules[path.stem]
         raise
+    _imported_files[path.stem] = path.resolve()
 
-# %% ../nbs/0_start/01_core.ipynb #d634fc41
+# %% ../nbs/0_start/01_core.ipynb #355408d9
 def import_components(
     imports: Iterable[str],  # names of modules, or of Python files that end in .py
 ):
