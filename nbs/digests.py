@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ LISTS = (
 )
 
 
+@cache
 def parsed(code: str) -> ast.Module:
     "The syntax tree of code, without the lines that only IPython understands."
     lines = code.splitlines()
@@ -49,6 +51,7 @@ def is_module(name: str) -> bool:
 
 
 # ------------------------------------------------------------------- what code imports
+@cache
 def imported(code: str) -> set[str]:
     "Names of the modules of soflow_edu that a piece of code imports."
     found = set()
@@ -91,6 +94,7 @@ def catalogue() -> dict[str, dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@cache
 def words(code: str) -> set[str]:
     "All texts that code holds."
     constants = [n for n in ast.walk(parsed(code)) if isinstance(n, ast.Constant)]
@@ -164,8 +168,19 @@ def reached(modules: set[str]) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         found[name] = module_text(name)
-        waiting |= imported(found[name]) - found.keys()
+        waiting |= imported(found[name]) | fixed_parts(found[name])
+        waiting -= found.keys()
     return found
+
+
+def fixed_parts(code: str) -> set[str]:
+    "Modules of the components that a module names together with their kind."
+    named = words(code)
+    found = set()
+    for kind, entries in catalogue().items():
+        if kind in named:
+            found |= {entries[name] for name in entries if name in named}
+    return {name for name in found if is_module(name)}
 
 
 def essence(text: str) -> str:
