@@ -1,27 +1,44 @@
-# make demo | test | docs | browser | lab | notebooks | export | readme.  Each sets up what it needs; a second run installs nothing.
+# make demo | test | test-all | docs | browser | lab | notebooks | export | readme.
+# Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Another source of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Another source of torch:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# Python compiles what it imports, which is a small part of what is installed: pip would spend a minute or two on the rest.
+# Python compiles what it imports, a small part of what is installed; pip would spend a
+# minute or two on the rest.
 INSTALL = $(BIN)/python -m pip install -q --no-compile --constraint constraints.txt
+CODE := soflow_edu nbs tests docs setup.py
+PYTEST := -n 2 --dist worksteal
 STAMP := $(VENV)/.installed
 SITE := $(VENV)/.site
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test docs browser lab notebooks export readme clean
+.PHONY: demo check test test-all docs browser lab notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
 
-test: $(STAMP)
+# Is the package what the notebooks export, and do lines, imports and types hold?
+check: $(STAMP)
 	$(BIN)/python nbs/book.py check
-	$(BIN)/ruff check nbs soflow_edu tests docs setup.py
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check -q $(CODE)
+	$(BIN)/pyright
 
-# The site, in docs/_build/site: all chapters as they were executed, with warnings as errors. Needs Node.js with npm for the scripts that it carries.
+# A few minutes: everything but long trainings and the notebooks whose stored outputs are
+# known to be those of this code.
+test: check
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+# Everything.
+test-all: check
+	$(BIN)/python -m pytest $(PYTEST)
+
+# The site, in docs/_build/site: all chapters as they were executed, with warnings as
+# errors. Needs Node.js with npm for the scripts that it carries.
 docs: $(SITE) docs/node_modules/.installed
 	$(BIN)/python docs/pages.py docs/_build/pages
 	rm -rf docs/_build/site
@@ -37,7 +54,8 @@ docs/node_modules/.installed: docs/package.json
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix docs
 	touch $@
 
-# What the tests in a browser need beyond Python: a Chromium (Debian's, if none is here), playwright-core in tests/browser/node_modules, and the runtime of chapter play.
+# What the tests in a browser need beyond Python: a Chromium (Debian's, if none is here),
+# playwright-core in tests/browser/node_modules, and the runtime of chapter play.
 browser: docs/node_modules/.installed
 	command -v chromium || command -v chromium-browser || command -v google-chrome || { SUDO=$$(test "$$(id -u)" = 0 || echo "sudo -n"); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium; }
 	test -e tests/browser/node_modules/playwright-core || npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/browser

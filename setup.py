@@ -27,7 +27,7 @@ setup(
     keywords=meta["keywords"].split(),
     url=meta["git_url"] or None,
     packages=find_packages(include=["soflow_edu", "soflow_edu.*"]),
-    package_data={"soflow_edu": ["configs/*.yaml", "frames/*.safetensors", "frames/SHA256SUMS", "page/*"]},
+    package_data={"soflow_edu": ["py.typed", "catalogue.json", "configs/*.yaml", "frames/*.safetensors", "frames/SHA256SUMS", "page/*"]},
     install_requires=lines("requirements"),
     extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts")},

@@ -105,10 +105,13 @@ def export(root: Path = ROOT):
     "Exports the notebooks below root/nbs; modules that none exports are removed."
     command = Path(sys.executable).with_name("nbdev-export")
     subprocess.run([command], cwd=root, check=True, stdout=subprocess.DEVNULL)
-    exported = {f"{name}.py" for name in modules(root)}
+    wanted = {f"{name}.py" for name in modules(root)} | WRITTEN_BY_HAND
     for module in (root / "soflow_edu").glob("*.py"):
-        if module.name not in exported | WRITTEN_BY_HAND | {"_modidx.py"}:
+        if module.name not in wanted:  # nbdev's own index among them
             module.unlink()
+    ruff = Path(sys.executable).with_name("ruff")
+    for words in (["check", "--fix", "--select", "I"], ["format"]):
+        subprocess.run([ruff, *words, "-q", "soflow_edu"], cwd=root, check=True)
     write_catalogue(root)
 
 

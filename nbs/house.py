@@ -80,6 +80,26 @@ def printed_lines(path: Path) -> list[str]:
     return lines
 
 
+def docstring_of(tree: ast.Module) -> str:
+    return ast.get_docstring(tree) or ""
+
+
+def public_names(package: Path) -> dict[str, list[str]]:
+    "The modules that hold each public name."
+    homes: dict[str, list[str]] = {}
+    for path in sorted(package.glob("*.py")):
+        if path.name == "__init__.py":  # where some stand again
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if (
+                isinstance(node, ast.Assign)
+                and ast.unparse(node.targets[0]) == "__all__"
+            ):
+                for name in ast.literal_eval(node.value):
+                    homes.setdefault(name, []).append(path.stem)
+    return homes
+
+
 # ------------------------------------------------------------------------ rules
 def nested_conditional(node: ast.AST) -> bool:
     if not isinstance(node, ast.IfExp):

@@ -156,21 +156,13 @@ def broken(tree: Path) -> dict[str, str]:
 
 
 def public_names(tree: Path) -> dict[str, str]:
-    names = Counter()
-    documented = 0
-    files = package_files(tree)
-    for path in files:
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        documented += ast.get_docstring(module) is not None
-        for node in module.body:
-            if (
-                isinstance(node, ast.Assign)
-                and ast.unparse(node.targets[0]) == "__all__"
-            ):
-                names.update(ast.literal_eval(node.value))
-    twice = sum(count > 1 for count in names.values())
+    homes = house.public_names(tree / "soflow_edu")
+    twice = sum(len(modules) > 1 for modules in homes.values())
+    files = [path for path in package_files(tree) if not path.stem.startswith("__")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    documented = sum(bool(house.docstring_of(tree)) for tree in trees)
     return {
-        "public names": f"{len(names):,}",
+        "public names": f"{len(homes):,}",
         "  in two modules": f"{twice}",
         "modules with a docstring": f"{documented} of {len(files)}",
     }

@@ -14,10 +14,12 @@ from pathlib import Path
 from .config import fresh_folder, load_config, replacing
 from .core import InputError, names, unknown
 
+
 # %% ../nbs/4_practice/02_command_line.ipynb #f8ec7fa3
 def learn(config):   # a Config whose data are a toy -> Step
     "Trains on one thread; returns the last step, with the CPU seconds of everything since the call."
     import torch
+
     from soflow_edu.distributions import law_of
     from soflow_edu.training import assemble, clock, train
     torch.set_num_threads(config.threads)
@@ -126,7 +128,9 @@ def bench_step(network: str = "UNet", batch: int = 8, steps: int = 5, threads: i
     check_json(json)
     if not 1 <= threads <= 4096: raise InputError(f"--threads is {threads}, but must lie between 1 and 4096.")
     import torch
-    from soflow_edu.cost import bench_step as measure, step_table, write_times
+
+    from soflow_edu.cost import bench_step as measure
+    from soflow_edu.cost import step_table, write_times
     torch.set_num_threads(threads)
     rows = measure(network, batch, steps, compile)
     print(f"{network}, batch {batch}, {threads} threads, medians of {steps} steps in turns\n\n{step_table(rows)}")
@@ -271,7 +275,8 @@ def parity(files: tuple[str, ...], /, only: str = ""):
         files: Files, or folders of them.
         only: unet or dit.
     """
-    from soflow_edu.published import parity as compare, parity_table, passed
+    from soflow_edu.published import parity as compare
+    from soflow_edu.published import parity_table, passed
     rows = compare(files, only or None)
     print(parity_table(rows))
     if not passed(rows): sys.exit(1)

@@ -19,6 +19,7 @@ from .paths import UniformTimes
 from .solution import ode_residual, rms, semigroup_defect
 from .toys import plot_points
 
+
 # %% ../nbs/1_plane/07_comparing.ipynb #34ff202b
 def wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:   # (n, ...), (n, ...)
     "The exact W2 distance between two sets of equal size: root of the mean square distance under the best pairing."

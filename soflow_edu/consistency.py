@@ -15,6 +15,7 @@ from .core import InputError, register
 from .flow_matching import adaptive_weight
 from .paths import MIN_GAP, expand
 
+
 # %% ../nbs/1_plane/08_consistency.ipynb #287b0a3e
 def towards(
     t: torch.Tensor,  # (B,)

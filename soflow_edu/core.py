@@ -22,6 +22,7 @@ from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, get_args
 
+
 # %% ../nbs/0_start/01_core.ipynb #eb6d935b
 class InputError(ValueError):
     "Bad input: the message says what was given, what was expected and what to do."

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
-
 from torch.nn import functional
 
 from . import unet
 from .config import Config, load_config, replacing
-from .core import InputError, unknown
 from .consistency import surrogate
-from .soflow import Rows, SoFlow, rows_of
+from .core import InputError, unknown
 from .flow_matching import Batch, adaptive_weight, mse
 from .guidance import Guided
 from .objectives import peak_memory
 from .paths import expand
+from .soflow import Rows, SoFlow, rows_of
 from .training import Run, advance, assemble, begin, generator_of, number_of
+
 
 # %% ../nbs/2_images/06_cost.ipynb #7130c17b
 def softmax_attention(q, k, v): return (q @ k.transpose(-2, -1) / q.shape[-1]**0.5).softmax(-1) @ v     # (B, heads, tokens, size) each

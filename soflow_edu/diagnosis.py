@@ -20,14 +20,31 @@ import torch
 from .comparing import evaluating, wasserstein
 from .config import make_config
 from .core import COLOURS, InputError, build, canvas, describe, names, unknown
-from .soflow import SoFlow, output_ahead, posterior_logits, rows_of, total, velocity_given
 from .distributions import FiniteSet, law_of
 from .flow_matching import Loss, mse
 from .odes import ExactFlow, IntegrationError, OdeFlow
 from .paths import LinearPath, expand
-from .solution import EulerCoefficients, SolutionModel, check_span, identity_defect, invariance_residual, ode_residual, rms, semigroup_defect
+from .soflow import (
+    SoFlow,
+    output_ahead,
+    posterior_logits,
+    rows_of,
+    total,
+    velocity_given,
+)
+from .solution import (
+    EulerCoefficients,
+    SolutionModel,
+    check_span,
+    identity_defect,
+    invariance_residual,
+    ode_residual,
+    rms,
+    semigroup_defect,
+)
 from .toys import plot_points
 from .training import Run, assemble, load_run, resume_run, train, trained
+
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #c7bce6ce
 class WithoutStop(SoFlow):

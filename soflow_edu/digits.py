@@ -16,6 +16,7 @@ from .core import InputError, build, canvas, check_least, register
 from .distributions import FiniteSet
 from .flow_matching import waves
 
+
 # %% ../nbs/2_images/01_digits.ipynb #e5fffd76
 def check_range(low: float, high: float, which: str = "pictures",
                 dark: bool = True):   # whether something must be darker than mid-grey

@@ -10,6 +10,7 @@ from .core import InputError, build, names, unknown
 from .paths import Path, expand
 from .toys import toy
 
+
 # %% ../nbs/1_plane/03_distributions.ipynb #65439911
 class Distribution:
     """A law of data with class labels whose posterior means are closed forms.

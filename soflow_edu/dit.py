@@ -16,6 +16,7 @@ from .core import InputError, check_least, register, unknown
 from .digits import check_call
 from .unet import full_precision, linear
 
+
 # %% ../nbs/3_imagenet/01_dit.ipynb #cfa1c2f1
 def unpatched(tokens, patch: int):   # (B, edge², patch² C) -> (B, C, edge patch, edge patch)
     "The picture whose patches the tokens hold, row by row; in each the channels change fastest."

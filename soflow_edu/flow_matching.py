@@ -12,6 +12,7 @@ from torch import nn
 
 from .core import InputError, build, check_least, register
 
+
 # %% ../nbs/1_plane/05_flow_matching.ipynb #6cd5bb11
 def waves(z: torch.Tensor, count: int, base: float) -> torch.Tensor:   # (B, D) -> (B, D + 2 D count)
     "z with sin(k base z) and cos(k base z) for k = 1 ... count."

@@ -39,6 +39,7 @@ from .config import fresh_folder, package_root, read_text, replacing
 from .core import InputError
 from .distributions import Distribution, GaussianMixture
 
+
 # %% ../nbs/4_practice/01_grading.ipynb #a10b80a1
 class GradingError(InputError):
     "Marks cannot be trusted: an assignment does not test what it says, or nbgrader did not do what it was asked to."

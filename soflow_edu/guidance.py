@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from .core import InputError, build, register
-from .soflow import Rows
 from .paths import expand
+from .soflow import Rows
+
 
 # %% ../nbs/1_plane/15_guidance.ipynb #403c4dd7
 @dataclass(frozen=True)

@@ -29,9 +29,20 @@ from .config import cache_root, choose_device, data_root, read_text, replacing
 from .core import InputError, check_least, register
 from .diagnosis import shape_of
 from .ladder import class_names, decoder_of, sample_run, sampler_of, write_grid
-from .latents import Latents, alone, encode, finished, image_folder, led, open_autoencoder, read_picture, wait_for
+from .latents import (
+    Latents,
+    alone,
+    encode,
+    finished,
+    image_folder,
+    led,
+    open_autoencoder,
+    read_picture,
+    wait_for,
+)
 from .metrics import as_uint8
 from .training import agree, join_processes, load_run, processes
+
 
 # %% ../nbs/3_imagenet/03_imagenet.ipynb #6c6a2450
 def scenes_folder(root, each: dict) -> Path:   # each: pictures of a class by part, such as {"train": 100, "val": 20}

@@ -15,7 +15,17 @@ from pathlib import Path
 import torch
 
 from .comparing import compare
-from .config import Config, LENGTHS, choose_device, fresh_folder, load_config, make_config, read_yaml, replacing, shipped_configs
+from .config import (
+    LENGTHS,
+    Config,
+    choose_device,
+    fresh_folder,
+    load_config,
+    make_config,
+    read_yaml,
+    replacing,
+    shipped_configs,
+)
 from .core import InputError, build, canvas, describe, names, unknown
 from .diagnosis import shape_of
 from .digits import agreement, mosaic, show_pictures
@@ -24,7 +34,17 @@ from .metrics import evaluate_samples
 from .objectives import EulerMap
 from .odes import ExactFlow
 from .sampling import sample
-from .training import Run, assemble, generator_of, join_processes, load_run, processes, resume_run, train, trained
+from .training import (
+    Run,
+    assemble,
+    generator_of,
+    join_processes,
+    load_run,
+    processes,
+    resume_run,
+    train,
+    trained,
+)
 
 # %% ../nbs/2_images/05_ladder.ipynb #795567dc
 COMPONENTS = ("data", "path", "coefficients", "network", "objective")   # fields of a configuration that describe something with options
@@ -360,6 +380,7 @@ def write_grid(path, x, columns: int = 10, titles=()) -> Path:   # pictures (N, 
 def write_scatter(path: Path, x) -> Path:   # (N, 2)
     "Writes points in the plane as a PNG."
     from matplotlib import pyplot
+
     from soflow_edu.toys import plot_points
     figure, ax = canvas()
     plot_points(ax, x)

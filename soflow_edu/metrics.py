@@ -24,6 +24,7 @@ from .config import choose_device, data_root, replacing
 from .core import InputError, build, find, register, unknown
 from .digits import check_range
 
+
 # %% ../nbs/2_images/03_metrics.ipynb #6ef9baa0
 def as_uint8(x) -> torch.Tensor:   # uint8 (N, H, W, C), or floats (N, C, H, W) in [-1, 1]; arrays or tensors -> uint8 (N, H, W, C)
     "Pictures as a file would hold them. Raises InputError for a wrong type, shape or range, and for values that are not finite."

@@ -22,15 +22,24 @@ import torch
 from .comparing import Comparison, precision_recall, properties, wasserstein
 from .config import Config, load_config, replacing
 from .core import InputError, build, describe, find, names, register, unknown
-from .soflow import Semigroup, SoFlow, RowLoss, hidden, outputs, rows_of, total
 from .distributions import law_of
-from .flow_matching import Batch, Draws, FlowMatching, Loss, adaptive_weight, mse, noise_like
+from .flow_matching import (
+    Batch,
+    Draws,
+    FlowMatching,
+    Loss,
+    adaptive_weight,
+    mse,
+    noise_like,
+)
 from .odes import ExactFlow, integrate
 from .paths import expand, uniform
 from .sampling import sample
+from .soflow import RowLoss, Semigroup, SoFlow, hidden, outputs, rows_of, total
 from .solution import check_span, rms
 from .toys import toy
 from .training import advance, assemble, begin, clock, generator_of, train, trained
+
 
 # %% ../nbs/1_plane/13_objectives.ipynb #3ebf6b19
 def derivative_along(model, rows, v) -> tuple:   # rows (n), v (n, ...) -> F and df/dt along v, (n, ...) each

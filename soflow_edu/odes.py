@@ -14,6 +14,7 @@ from .core import InputError, unknown
 from .distributions import Distribution, FiniteSet
 from .paths import Path, expand
 
+
 # %% ../nbs/1_plane/04_odes.ipynb #1a57b2fa
 class VelocityField(Protocol):
     "All that integrating and comparing need: a velocity at each point and time, with optional class labels."

@@ -13,6 +13,7 @@ import torch
 
 from .core import InputError, register
 
+
 # %% ../nbs/1_plane/01_paths.ipynb #a1cc3381
 def expand(t: torch.Tensor,   # (B,) or a scalar
            x: torch.Tensor,   # (B, ...)

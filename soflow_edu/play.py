@@ -24,6 +24,7 @@ from .distributions import FiniteSet, GaussianMixture
 from .paths import LinearPath
 from .solution import SolutionModel
 
+
 # %% ../nbs/4_practice/03_play.ipynb #7b8c234c
 class MapAnswer(nn.Module):
     "f(x, t, s) without the checks of a model: x (n, 2), times and labels (n,) -> (n, 2)."

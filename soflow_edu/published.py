@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 from .config import Config, choose_device, fresh_folder, read_text, read_yaml, replacing
-from .core import InputError, build, describe, register, unknown
 from .consistency import surrogate, towards
-from .soflow import Rows, SoFlow, output_ahead
+from .core import InputError, build, describe, register, unknown
 from .diagnosis import shape_of
 from .digits import show_pictures
-from .guidance import Guided, GuidanceScale
+from .guidance import GuidanceScale, Guided
 from .ladder import class_names, decoder_of
 from .objectives import one_thread
 from .odes import integrate
+from .soflow import Rows, SoFlow, output_ahead
 from .solution import SolutionModel
 from .training import Run, fit, generator_of, save_run, trained
 

@@ -7,6 +7,7 @@ __all__ = ['START', 'QUESTIONS', 'times', 'changed', 'constant']
 from .core import register
 from .objectives import SMALL, Setting
 
+
 # %% ../nbs/1_plane/16_questions.ipynb #f32ccbcf
 def times(corner: float, t1: float, s0: float): return {"name": "corner", "corner": corner, "t1": t1, "s0": s0}
 START = {"name": "soflow", "lam": 0.5, "p": 0.5, "eps": 0.1, "schedule": {"name": "exponential", "r_init": 0.3, "r_end": 0.015}, "times": times(0.3, 0.1, 0.1)}

@@ -9,6 +9,7 @@ import torch
 from .core import InputError, find, register
 from .flow_matching import noise_like
 
+
 # %% ../nbs/1_plane/10_sampling.ipynb #457bc0a5
 def along(f, x, times: list):   # f(x, t, s); decreasing times from 1 to 0
     "Jumps from each time to the next."

@@ -15,10 +15,11 @@ import torch
 
 from .config import Config, load_config
 from .core import InputError, build, check_least, unknown
-from .soflow import OwnVelocity, SoFlow
 from .cost import PUBLISHED
 from .dit import DiT, multiply_adds
 from .guidance import Guided
+from .soflow import OwnVelocity, SoFlow
+
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #334638ef
 def evaluations(objective) -> float:   # SoFlow, or its description

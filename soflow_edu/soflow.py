@@ -12,9 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from .consistency import towards
-from .core import InputError, build, register, unknown
-from .distributions import of_class
 from soflow_edu.flow_matching import (
     Batch,
     Draws,
@@ -23,8 +20,13 @@ from soflow_edu.flow_matching import (
     mse,
     noise_like,
 )
+
+from .consistency import towards
+from .core import InputError, build, register, unknown
+from .distributions import of_class
 from .paths import MIN_GAP, expand, uniform
 from .solution import SolutionModel
+
 
 # %% ../nbs/1_plane/09_soflow.ipynb #98ada4b5
 @dataclass

@@ -15,6 +15,7 @@ from torch import nn
 from .core import InputError, build, describe, register
 from .paths import expand
 
+
 # %% ../nbs/1_plane/06_solution.ipynb #703ff3fb
 @register("coefficients", "euler")
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .core import COLOURS, InputError, MARKERS, find, register
+from .core import COLOURS, MARKERS, InputError, find, register
+
 
 # %% ../nbs/1_plane/02_toys.ipynb #7ab69f27
 @dataclass(frozen=True)

@@ -35,9 +35,11 @@ from soflow_edu.config import (
     replacing,
     to_yaml,
 )
+
 from .core import InputError, build, describe, names
 from .flow_matching import Batch, Draws
 from .solution import SolutionModel
+
 
 # %% ../nbs/1_plane/12_training.ipynb #7ecb9d99
 def assemble(config: Config) -> tuple[SolutionModel, Any]:  # and an objective

@@ -21,6 +21,7 @@ from torch.nn import functional
 from .core import InputError, check_least, register
 from .digits import check_call
 
+
 # %% ../nbs/2_images/02_unet.ipynb #b06cf1c3
 def time_features(t: torch.Tensor,   # (B,) a time, in [0, 1]
                   count: int,        # number of frequencies, at least 2

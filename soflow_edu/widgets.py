@@ -21,14 +21,22 @@ from pathlib import Path
 
 import torch
 
-from .config import load_config, make_config, package_root, read_yaml, replacing, to_yaml
-from .core import COLOURS, InputError, MARKERS, canvas, unknown
+from .config import (
+    load_config,
+    make_config,
+    package_root,
+    read_yaml,
+    replacing,
+    to_yaml,
+)
+from .core import COLOURS, MARKERS, InputError, canvas, unknown
 from .distributions import GaussianMixture, law_of
 from .guidance import GuidanceScale
 from .odes import ExactFlow, integrate, span_times
 from .paths import LinearPath
 from .solution import SolutionModel, rms
 from .training import assemble, train, trained
+
 
 # %% ../nbs/1_plane/18_widgets.ipynb #b52611b2
 @dataclass
@@ -405,6 +413,7 @@ class Interactive:
 def png(figure) -> str:   # base64
     "A figure as a PNG, closed."
     import io
+
     import matplotlib.pyplot as plt
     file = io.BytesIO()
     figure.savefig(file, dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
