@@ -110,8 +110,9 @@ def export(root: Path = ROOT):
         if module.name not in wanted:  # nbdev's own index among them
             module.unlink()
     ruff = Path(sys.executable).with_name("ruff")
-    for words in (["check", "--fix", "--select", "I"], ["format"]):
-        subprocess.run([ruff, *words, "-q", "soflow_edu"], cwd=root, check=True)
+    sort = ["check", "--fix", "--exit-zero", "--silent", "--select", "I"]
+    for words in (sort, ["format", "--quiet"]):
+        subprocess.run([ruff, *words, "soflow_edu"], cwd=root, check=True)
     write_catalogue(root)
 
 

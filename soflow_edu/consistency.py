@@ -26,6 +26,7 @@ def towards(
     l = torch.maximum(t + (s - t) * r, s)
     return torch.minimum(l, t - MIN_GAP)  # eq. consistency.3
 
+
 # %% ../nbs/1_plane/08_consistency.ipynb #6f6abb22
 class Schedule:
     "The fraction r of the jump by which x_l lies ahead, as a function of progress."
@@ -38,6 +39,7 @@ class Schedule:
 
     def __call__(self, progress: float) -> float:  # in [0, 1] -> r
         raise NotImplementedError
+
 
 # %% ../nbs/1_plane/08_consistency.ipynb #f1cf1c76
 @register("schedule", "constant")
@@ -61,6 +63,7 @@ class Linear(Schedule):
 
     def __call__(self, progress):
         return self.r_init + (self.r_end - self.r_init) * progress
+
 
 # %% ../nbs/1_plane/08_consistency.ipynb #968ad9db
 @register("schedule", "cosine")
@@ -86,6 +89,7 @@ class Exponential(Schedule):
 
     def __call__(self, progress):
         return self.r_init * (self.r_end / self.r_init) ** progress
+
 
 # %% ../nbs/1_plane/08_consistency.ipynb #0a63ecdf
 def surrogate(
