@@ -124,7 +124,8 @@ def differences() -> list[str]:
         shutil.copytree(NOTEBOOKS, copy / "nbs", ignore=unwanted)
         shutil.copy(ROOT / "pyproject.toml", copy)
         fresh = copy / "soflow_edu"
-        fresh.mkdir()
+        exported = shutil.ignore_patterns("*.py", "catalogue.json", "__pycache__")
+        shutil.copytree(PACKAGE, fresh, ignore=exported)
         for name in WRITTEN_BY_HAND:
             shutil.copy(PACKAGE / name, fresh)
         export(copy)
