@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -101,6 +102,14 @@ def write_catalogue(root: Path):
     subprocess.run(command, cwd=root, env=environment, check=True)
 
 
+def wrap_docstring(path: Path):
+    "Breaks the docstring of a module, which nbdev writes as one line."
+    first, rest = path.read_text(encoding="utf-8").split("\n", 1)
+    if first.startswith('"""'):
+        first = textwrap.fill(first, house.CODE_WIDTH, break_on_hyphens=False)
+        path.write_text(f"{first}\n{rest}", encoding="utf-8")
+
+
 def export(root: Path = ROOT):
     "Exports the notebooks below root/nbs; modules that none exports are removed."
     command = Path(sys.executable).with_name("nbdev-export")
@@ -109,6 +118,8 @@ def export(root: Path = ROOT):
     for module in (root / "soflow_edu").glob("*.py"):
         if module.name not in wanted:  # nbdev's own index among them
             module.unlink()
+        elif module.name not in WRITTEN_BY_HAND:
+            wrap_docstring(module)
     ruff = Path(sys.executable).with_name("ruff")
     sort = ["check", "--fix", "--exit-zero", "--silent", "--select", "I"]
     for words in (sort, ["format", "--quiet"]):
