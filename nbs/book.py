@@ -23,6 +23,7 @@ import textwrap
 from configparser import ConfigParser
 from pathlib import Path
 
+import equations
 import house
 import measures
 from digests import digest
@@ -370,6 +371,10 @@ def run_links():
             set_links(path, git_url())
 
 
+def run_number():
+    equations.renumber([path for path in notebooks() if path.parent.name[0].isdigit()])
+
+
 def run_style(*names: str):
     found = house.all_findings(ROOT, names)
     for finding in found:
@@ -387,6 +392,7 @@ COMMANDS = {
     "run": run_notebooks,
     "readme": run_readme,
     "links": run_links,
+    "number": run_number,
     "style": run_style,
     "measure": run_measure,
 }

@@ -55,16 +55,27 @@ def is_module(name: str) -> bool:
 def imported(code: str) -> set[str]:
     "Names of the modules of soflow_edu that a piece of code imports."
     found = set()
+    fronts = set()  # what the package itself is called
     for node in ast.walk(parsed(code)):
         if isinstance(node, ast.ImportFrom):
             found |= imported_from(node)
         elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("soflow_edu.")
-            }
-    return found
+            for alias in node.names:
+                _, dot, module = alias.name.partition("soflow_edu.")
+                if dot:
+                    found.add(module)
+                elif alias.name == "soflow_edu":
+                    fronts.add(alias.asname or alias.name)
+    return found | used_of(code, fronts)
+
+
+def used_of(code: str, fronts: set[str]) -> set[str]:
+    "The modules behind the names that code takes from the package itself."
+    found = set()
+    for node in ast.walk(parsed(code)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in fronts:
+            found.add(home_of(node.attr))
+    return found - {""}
 
 
 def imported_from(node: ast.ImportFrom) -> set[str]:
