@@ -1,9 +1,9 @@
 """The equations of the course: their numbers, the lines of code that name them, and the
 list in docs/equations.yaml.
 
-A displayed equation that code implements ends in `\\tag{1.8.3}`: part, chapter, place in
-the chapter. The code says `eq. 1.8.3` beside the line, and docs/equations.yaml says what
-it is called, where it comes from, and which symbols implement it.
+A displayed equation that code implements ends in `\\tag{1.8.3}`: part, chapter, place
+in the chapter. The code says `eq. 1.8.3` beside the line, and docs/equations.yaml says
+what it is called, where it comes from, and which symbols implement it.
 """
 
 import json
