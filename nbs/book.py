@@ -103,12 +103,14 @@ def write_catalogue(root: Path):
     subprocess.run(command, cwd=root, env=environment, check=True)
 
 
-def wrap_docstring(path: Path):
-    "Breaks the docstring of a module, which nbdev writes as one line."
+def finish_module(path: Path):
+    """Breaks the docstring of a module, which nbdev writes as one line, and makes all
+    imports of the package relative, which it does for those of one line only."""
     first, rest = path.read_text(encoding="utf-8").split("\n", 1)
     if first.startswith('"""'):
         first = textwrap.fill(first, house.CODE_WIDTH, break_on_hyphens=False)
-        path.write_text(f"{first}\n{rest}", encoding="utf-8")
+    rest = re.sub(r"^from soflow_edu\.", "from .", rest, flags=re.M)
+    path.write_text(f"{first}\n{rest}", encoding="utf-8")
 
 
 def export(root: Path = ROOT):
@@ -120,7 +122,7 @@ def export(root: Path = ROOT):
         if module.name not in wanted:  # nbdev's own index among them
             module.unlink()
         elif module.name not in WRITTEN_BY_HAND:
-            wrap_docstring(module)
+            finish_module(module)
     ruff = Path(sys.executable).with_name("ruff")
     sort = ["check", "--fix", "--exit-zero", "--silent", "--select", "I"]
     for words in (sort, ["format", "--quiet"]):

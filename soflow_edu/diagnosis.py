@@ -67,7 +67,14 @@ from pathlib import Path
 
 import torch
 
-from soflow_edu.soflow import (
+from .comparing import evaluating, wasserstein
+from .config import make_config
+from .core import COLOURS, InputError, build, canvas, describe, names, unknown
+from .distributions import FiniteSet, law_of
+from .flow_matching import Loss, mse
+from .odes import ExactFlow, IntegrationError, OdeFlow
+from .paths import LinearPath, expand
+from .soflow import (
     SoFlow,
     output_ahead,
     posterior_logits,
@@ -75,7 +82,7 @@ from soflow_edu.soflow import (
     total,
     velocity_given,
 )
-from soflow_edu.solution import (
+from .solution import (
     EulerCoefficients,
     SolutionModel,
     check_span,
@@ -85,14 +92,6 @@ from soflow_edu.solution import (
     rms,
     semigroup_defect,
 )
-
-from .comparing import evaluating, wasserstein
-from .config import make_config
-from .core import COLOURS, InputError, build, canvas, describe, names, unknown
-from .distributions import FiniteSet, law_of
-from .flow_matching import Loss, mse
-from .odes import ExactFlow, IntegrationError, OdeFlow
-from .paths import LinearPath, expand
 from .toys import plot_points
 from .training import Run, assemble, load_run, resume_run, train, trained
 

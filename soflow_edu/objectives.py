@@ -52,7 +52,12 @@ from pathlib import Path
 
 import torch
 
-from soflow_edu.flow_matching import (
+# %% ../nbs/1_plane/13_objectives.ipynb #2c44fc75
+from .comparing import Comparison, precision_recall, properties, wasserstein
+from .config import Config, load_config, replacing
+from .core import InputError, build, describe, find, names, register, unknown
+from .distributions import law_of
+from .flow_matching import (
     Batch,
     Draws,
     FlowMatching,
@@ -61,7 +66,10 @@ from soflow_edu.flow_matching import (
     mse,
     noise_like,
 )
-from soflow_edu.soflow import (
+from .odes import ExactFlow, integrate
+from .paths import expand, uniform
+from .sampling import sample
+from .soflow import (
     RowLoss,
     Semigroup,
     SoFlow,
@@ -70,7 +78,9 @@ from soflow_edu.soflow import (
     rows_of,
     total,
 )
-from soflow_edu.training import (
+from .solution import check_span, rms
+from .toys import toy
+from .training import (
     advance,
     assemble,
     begin,
@@ -79,17 +89,6 @@ from soflow_edu.training import (
     train,
     trained,
 )
-
-# %% ../nbs/1_plane/13_objectives.ipynb #2c44fc75
-from .comparing import Comparison, precision_recall, properties, wasserstein
-from .config import Config, load_config, replacing
-from .core import InputError, build, describe, find, names, register, unknown
-from .distributions import law_of
-from .odes import ExactFlow, integrate
-from .paths import expand, uniform
-from .sampling import sample
-from .solution import check_span, rms
-from .toys import toy
 
 
 # %% ../nbs/1_plane/13_objectives.ipynb #3ebf6b19

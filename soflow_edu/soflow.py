@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from soflow_edu.flow_matching import (
+from .consistency import towards
+from .core import InputError, build, register, unknown
+from .distributions import of_class
+from .flow_matching import (
     Batch,
     Draws,
     Loss,
@@ -21,10 +24,6 @@ from soflow_edu.flow_matching import (
     mse,
     noise_like,
 )
-
-from .consistency import towards
-from .core import InputError, build, register, unknown
-from .distributions import of_class
 from .paths import MIN_GAP, expand, uniform
 from .solution import SolutionModel
 

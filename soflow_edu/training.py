@@ -37,7 +37,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_edu.config import (
+from .config import (
     Config,
     choose_device,
     choose_precision,
@@ -47,7 +47,6 @@ from soflow_edu.config import (
     replacing,
     to_yaml,
 )
-
 from .core import InputError, build, describe, names
 from .flow_matching import Batch, Draws
 from .solution import SolutionModel

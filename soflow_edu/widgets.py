@@ -61,7 +61,7 @@ from pathlib import Path
 
 import torch
 
-from soflow_edu.config import (
+from .config import (
     load_config,
     make_config,
     package_root,
@@ -69,7 +69,6 @@ from soflow_edu.config import (
     replacing,
     to_yaml,
 )
-
 from .core import COLOURS, MARKERS, InputError, canvas, unknown
 from .distributions import GaussianMixture, law_of
 from .guidance import GuidanceScale
