@@ -23,13 +23,14 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
-from inspect import signature
+from inspect import getsource, signature
 from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -88,7 +89,7 @@ def check_least(
             raise InputError(message)
 
 
-# %% ../nbs/0_start/01_core.ipynb #da6f46bb
+# %% ../nbs/0_start/01_core.ipynb #8b03927b
 KINDS = {
     "path": "how data become noise",
     "times": "which times are drawn in training",
@@ -141,7 +142,7 @@ def register(
     return enter
 
 
-# %% ../nbs/0_start/01_core.ipynb #6f7f9182
+# %% ../nbs/0_start/01_core.ipynb #697f1fe5
 def check_kind(kind: str):
     "Raises InputError for a kind that does not exist."
     if kind not in KINDS:
@@ -187,7 +188,7 @@ def fits(value, kind) -> bool:
     return isinstance(value, kind)
 
 
-# %% ../nbs/0_start/01_core.ipynb #62862e27
+# %% ../nbs/0_start/01_core.ipynb #72e520a3
 def as_read(value):
     "A value as a YAML file has it: it knows lists, but no tuples."
     return list(value) if isinstance(value, tuple) else value
@@ -227,7 +228,7 @@ def check_options(what: str, builder: Callable, options: dict[str, Any]):
         raise InputError(message) from None
 
 
-# %% ../nbs/0_start/01_core.ipynb #0716ea79
+# %% ../nbs/0_start/01_core.ipynb #bdd796bf
 def split_description(kind: str, description: dict[str, Any]) -> tuple[str, dict]:
     """The name and the options of a description.
 
@@ -306,7 +307,49 @@ def described(value):
     return as_read(value)
 
 
-# %% ../nbs/0_start/01_core.ipynb #19246a36
+# %% ../nbs/0_start/01_core.ipynb #a77b628d
+@dataclass
+class Option:
+    "An option of a registered name."
+
+    name: str
+    default: str  # as the code has it; empty if it must be given
+    comment: str  # what stands beside it
+
+
+def source_of(builder) -> str:
+    "The source of a function, or of a class and of those that it inherits from."
+    kinds = getattr(builder, "__mro__", (builder,))
+    sources = []
+    for kind in kinds:
+        if kind.__module__ != "builtins":
+            try:
+                sources.append(getsource(kind))
+            except (OSError, TypeError):  # made by a call, without a source of its own
+                continue
+    return "\n".join(sources)
+
+
+# %% ../nbs/0_start/01_core.ipynb #b1f230fa
+def options_of(kind: str, name: str) -> list[Option]:
+    """The options of a registered name, in the order of its definition.
+
+    Raises InputError for an unknown name."""
+    builder = find(kind, name)
+    if not callable(builder):
+        return []
+    source = source_of(builder)
+    options = []
+    for parameter in signature(builder).parameters.values():
+        beside = rf"^\s*{parameter.name}\b.*?#\s*(.+)$"
+        comment = re.search(beside, source, re.M)
+        given = parameter.default is parameter.empty
+        default = "" if given else repr(parameter.default)
+        options.append(Option(parameter.name, default, comment[1] if comment else ""))
+    return options
+
+
+# %% ../nbs/0_start/01_core.ipynb #e0f5a3e2
 def import_file(path: pathlib.Path):
     """Runs a Python file once, as the module that its name says.
 
@@ -331,7 +374,7 @@ def import_file(path: pathlib.Path):
     run_file(path)
 
 
-# %% ../nbs/0_start/01_core.ipynb #ad2ef839
+# %% ../nbs/0_start/01_core.ipynb #086890e7
 _imported_files: dict[str, pathlib.Path] = {}  # by the name of the module
 
 
@@ -349,7 +392,7 @@ def run_file(path: pathlib.Path):
     _imported_files[path.stem] = path.resolve()
 
 
-# %% ../nbs/0_start/01_core.ipynb #f2083fcf
+# %% ../nbs/0_start/01_core.ipynb #7f0de147
 def import_components(
     imports: Iterable[str],  # names of modules, or of Python files that end in .py
 ):
