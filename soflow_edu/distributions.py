@@ -271,12 +271,13 @@ def component_logits(
 # %% ../nbs/1_plane/03_distributions.ipynb #a54dc400
 def of_class(
     logits: torch.Tensor,  # (B, K)
-    labels: torch.Tensor,  # (K,)
+    labels: torch.Tensor | None,  # (K,), needed if y is given
     y: torch.Tensor | None,  # (B,)
 ) -> torch.Tensor:  # (B, K)
     "Logits with -inf where the component is not of the query's class."
     if y is None:
         return logits
+    assert labels is not None
     other = labels.to(logits.device) != y[:, None]
     return logits.masked_fill(other, -torch.inf)
 
@@ -375,12 +376,15 @@ class GaussianMixture(Distribution):
         self, x: torch.Tensor, t: torch.Tensor, path: Path, y: torch.Tensor | None
     ) -> Posterior:
         "The posterior of a block of queries."
-        components = (self.means, self.stds, self.weights)
-        parts = [like(part, x) for part in components]
+        means = like(self.means, x)
+        stds = like(self.stds, x)
+        weights = like(self.weights, x)
         a = path.alpha(t)[:, None, None]
         b = path.beta(t)[:, None, None]
         rows = x.flatten(1)
-        m0, score, log_density = mixture_posterior(rows, a, b, *parts, self.labels, y)
+        m0, score, log_density = mixture_posterior(
+            rows, a, b, means, stds, weights, self.labels, y
+        )
         return m0.view_as(x), score.view_as(x), log_density
 
 

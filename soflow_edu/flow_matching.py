@@ -68,6 +68,7 @@ def check_points(
 def start_at_zero(hidden: nn.ModuleList, scales: nn.Linear, outlet: nn.Linear) -> None:
     "The first weights of MLP: the answer is zero, and so is the effect of the times."
     for layer in hidden:
+        assert isinstance(layer, nn.Linear)
         nn.init.orthogonal_(layer.weight, 1.3)
     for part in (scales.weight, outlet.weight, outlet.bias):
         nn.init.zeros_(part)

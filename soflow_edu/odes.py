@@ -8,6 +8,7 @@ __all__ = ["IntegrationError", "Integral", "integrate", "ExactFlow", "OdeFlow"]
 # %% ../nbs/1_plane/04_odes.ipynb #30a2d3d2
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -202,7 +203,7 @@ def integrate(
     options = {"step_t": u[-1:]} if method == "dopri5" else None
     tolerance = {"rtol": rtol, "atol": rtol if atol is None else atol}
     try:
-        states = odeint(
+        states: Any = odeint(
             guarded, x, u, method=SOLVERS[method], options=options, **tolerance
         )
     except AssertionError as error:

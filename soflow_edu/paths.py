@@ -211,13 +211,16 @@ class LogitNormalTimes:
         self, n: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:  # t and s, (n,) each
         "Pairs of times."
-        s = logit_normal(n, *self.s, generator)
-        t = logit_normal(n, *self.t, generator)
+        s_mean, s_std = self.s
+        t_mean, t_std = self.t
+        s = logit_normal(n, s_mean, s_std, generator)
+        t = logit_normal(n, t_mean, t_std, generator)
         return ordered(t, s)
 
     def sample_t(self, n: int, generator: torch.Generator) -> torch.Tensor:  # (n,)
         "Times of a velocity."
-        return logit_normal(n, *self.velocity, generator)
+        mean, std = self.velocity
+        return logit_normal(n, mean, std, generator)
 
 
 # %% ../nbs/1_plane/01_paths.ipynb #815759d8

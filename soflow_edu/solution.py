@@ -245,7 +245,8 @@ class SolutionModel(ReadOut):
         "The description from which the model can be built again."
         parts = {"path": self.path, "coefficients": self.coefficients}
         described = {name: describe(part) for name, part in parts.items()}
-        return {"network": self.net.spec()} | described
+        network: Any = self.net
+        return {"network": network.spec()} | described
 
 
 # %% ../nbs/1_plane/06_solution.ipynb #e8a317c4

@@ -9,6 +9,7 @@ __all__ = ["Toy", "toy", "mixture", "points", "draw_word", "plot_points"]
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -135,7 +136,8 @@ def two_moons(n: int, generator: torch.Generator) -> Labelled:
     from sklearn.datasets import make_moons
 
     seed = seed_of(generator)
-    x, y = make_moons(n + n % 2, noise=0.06, random_state=seed)
+    moons: Any = make_moons(n + n % 2, noise=0.06, random_state=seed)
+    x, y = moons
     return shuffled(1.5 * (x - [0.5, 0.25]), y, n, generator)
 
 

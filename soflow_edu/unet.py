@@ -16,6 +16,7 @@ __all__ = [
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,6 +111,7 @@ class Conv(nn.Conv2d):
         if resample:
             self.register_buffer("resample_filter", BINOMIAL[None, None].clone())
         nn.init.xavier_uniform_(self.weight, gain)
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +126,8 @@ class Conv(nn.Conv2d):
         resampler = halved if self.resample == "down" else doubled
         with full_precision(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return resampler(x, self.resample_filter)
+            kernel: Any = self.resample_filter
+            return resampler(x, kernel)
 
 
 # %% ../nbs/2_images/02_unet.ipynb #0a2fed30
@@ -520,7 +523,7 @@ class UNet(Layers):
 
     def answer(self, x: torch.Tensor) -> torch.Tensor:
         "The last norm and convolution, in the type of their weights."
-        last = self.dec[self.last]
+        last: Any = self.dec[self.last]
         with full_precision(x):
             x = self.dec[self.last_norm](x.to(last.weight.dtype))
             return last(functional.silu(x))

@@ -1,28 +1,60 @@
 "The program: what it prints, writes, refuses and keeps."
+
 import json
 
 import pytest
 import warm
 
-DEMO = {"dataset", "seed", "steps", "train_seconds", "relative_rmse", "rmse", "median_error", "w2_one_step", "w2_floor", "semigroup_defect", "ode_residual", "evaluations"}
+NUMBERS_OF_DEMO = {
+    "dataset",
+    "seed",
+    "steps",
+    "train_seconds",
+    "relative_rmse",
+    "rmse",
+    "median_error",
+    "w2_one_step",
+    "w2_floor",
+    "semigroup_defect",
+    "ode_residual",
+    "evaluations",
+}
+FILES_OF_DEMO = {
+    "config.yaml",
+    "model.safetensors",
+    "run.json",
+    "log.csv",
+    "table.txt",
+    "figure.png",
+}
 
 
 def soflow(*words, folder, **environment):
     return warm.run("soflow", *words, cwd=folder, **environment)
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):
-    first = soflow("demo", "--seconds", "2", "--json", "copy.json", folder=tmp_path)
+    words = ("demo", "--seconds", "2", "--json", "copy.json")
+    first = soflow(*words, folder=tmp_path)
     assert first.returncode == 0, first.stderr
+    assert "relative_rmse" in first.stdout
+
     folder = tmp_path / "runs/demo"
-    numbers = json.loads((folder / "demo.json").read_text())
-    assert set(numbers) == DEMO and json.loads((tmp_path / "copy.json").read_text()) == numbers
-    assert numbers["train_seconds"] < 5 and "relative_rmse" in first.stdout
-    assert {"config.yaml", "model.safetensors", "run.json", "log.csv", "table.txt", "figure.png"} <= {path.name for path in folder.iterdir()}
-    second = soflow("demo", "--seconds", "1", "--dataset", "two_gaussians", "--seed", "3", folder=tmp_path)
+    numbers = read_json(folder / "demo.json")
+    assert set(numbers) == NUMBERS_OF_DEMO
+    assert read_json(tmp_path / "copy.json") == numbers
+    assert numbers["train_seconds"] < 5
+    assert FILES_OF_DEMO <= {path.name for path in folder.iterdir()}
+
+    words = ("demo", "--seconds", "1", "--dataset", "two_gaussians", "--seed", "3")
+    second = soflow(*words, folder=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert json.loads((tmp_path / "runs/demo-1/demo.json").read_text()) == numbers
-    assert json.loads((folder / "demo.json").read_text())["seed"] == 3
+    assert read_json(tmp_path / "runs/demo-1/demo.json") == numbers
+    assert read_json(folder / "demo.json")["seed"] == 3
 
 
 REFUSED = [
@@ -38,11 +70,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("words, hint", REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+@pytest.mark.parametrize(
+    "words, hint", REFUSED, ids=[" ".join(words) for words, _ in REFUSED]
+)
 def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path, words, hint):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("friend")
     (tmp_path / "file").write_text("text")
     done = soflow(*words, folder=tmp_path)
-    assert done.returncode == 2 and hint in done.stdout + done.stderr and "Traceback" not in done.stderr
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"letters", "letters/dear.txt", "file"}
+    assert done.returncode == 2
+    assert hint in done.stdout + done.stderr and "Traceback" not in done.stderr
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"letters", "letters/dear.txt", "file"}
