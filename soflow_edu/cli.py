@@ -9,14 +9,22 @@ __all__ = ["main"]
 import json
 import sys
 import textwrap
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .config import Config, fresh_folder, load_config, replacing
-from .core import InputError, names, unknown
+from .core import (
+    KINDS,
+    InputError,
+    catalogue,
+    find,
+    import_components,
+    names,
+    options_of,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from soflow_edu.comparing import Report
@@ -57,14 +65,14 @@ def learn(config: Config) -> "Step":
     import torch
 
     from soflow_edu.distributions import law_of
-    from soflow_edu.training import assemble, clock, train
+    from soflow_edu.training import assemble, clock, finish, train
 
     assert config.threads is not None
     torch.set_num_threads(config.threads)
     start = clock("cpu")
     law = law_of(config.data)
     model, objective = assemble(config)
-    [last] = deque(train(model, objective, law, config, bar=True), maxlen=1)
+    last = finish(train(model, objective, law, config, bar=True))
     last.seconds = clock("cpu") - start
     return last
 
@@ -293,6 +301,7 @@ def train(
 
     out = out or f"runs/{Path(config).stem}"
     chosen = changed(load_config(config), changes)
+    chosen = replace(chosen, imports=(*chosen.imports, *IMPORTED))
     run = train_run(chosen, out, resume, bar=True)
     describe_run(run, out)
     leave_processes()
@@ -554,6 +563,74 @@ def course_grade(
     grade_course(submissions, out, source, seconds)
 
 
+# %% ../nbs/4_practice/02_command_line.ipynb #daea6596
+def about_name(kind: str, name: str) -> str:
+    "What is registered under a name: the first paragraph of its docstring."
+    about = getattr(find(kind, name), "__doc__", None) or ""
+    return " ".join(about.strip().split("\n\n")[0].split())
+
+
+def table_of_names(kind: str) -> list[str]:
+    "A line for each name of a kind: its module, and what it is."
+    rows = []
+    for name in names(kind):
+        module = catalogue().get(kind, {}).get(name, "yours")
+        rows.append(f"{name:20s} {module:14s} {about_name(kind, name)}")
+    return rows
+
+
+def table_of_options(kind: str, name: str) -> list[str]:
+    "A line for each option of a name: its default, and the comment beside it."
+    rows = [f"{kind} {name}: {about_name(kind, name)}", ""]
+    for option in options_of(kind, name):
+        rows.append(f"{option.name:18s} {option.default:16s} {option.comment}")
+    return rows
+
+
+# %% ../nbs/4_practice/02_command_line.ipynb #302cff28
+def list_components(kind: str = "", name: str = "", /) -> None:
+    """List what is registered: the kinds, the names of a kind, or the options of a
+    name.
+
+    Args:
+        kind: path, network, objective, ...; all kinds if not given.
+        name: One of its names; all of them if not given.
+    """
+    if name:
+        rows = table_of_options(kind, name)
+    elif kind:
+        rows = table_of_names(kind)
+    else:
+        rows = [f"{key:14s} {about}" for key, about in KINDS.items()]
+    for row in rows:
+        print(textwrap.fill(row, 100, subsequent_indent=" " * 20))
+
+
+# %% ../nbs/4_practice/02_command_line.ipynb #5d161bab
+IMPORTED: list[str] = []  # what this call of the program was told to import
+
+
+def take_imports(words: list[str]) -> list[str]:
+    """Imports what stands behind --import; returns the other words.
+
+    Raises InputError if nothing stands there, or if it cannot be imported."""
+    IMPORTED.clear()
+    rest = []
+    left = iter(words)
+    for word in left:
+        option, equals, value = word.partition("=")
+        if option != "--import":
+            rest.append(word)
+            continue
+        given = value if equals else next(left, "")
+        if not given:
+            message = "--import stands alone. Name a Python file or a module behind it."
+            raise InputError(message)
+        IMPORTED.append(given)
+    import_components(IMPORTED)
+    return rest
+
+
 # %% ../nbs/4_practice/02_command_line.ipynb #46a745bb
 def version() -> None:
     "Print the version of soflow_edu."
@@ -576,6 +653,7 @@ COMMANDS = {
     "sample": sample,
     "evaluate": evaluate,
     "ladder": ladder,
+    "list": list_components,
     "encode": encode,
     "import-published": import_published,
     "microscope": microscope,
@@ -585,6 +663,10 @@ COMMANDS = {
     "course": COURSE,
     "version": version,
 }
+ABOUT = (
+    "One-step generative modelling by solution functions. Every command takes "
+    "--import FILE.py, which registers components of your own."
+)
 GROUPS = {  # what `soflow --help` says of a group
     "bench": "Measure: the studies of the course, and a training step.",
     "course": "Build assignments and mark submissions.",
@@ -631,13 +713,12 @@ def main(
     import tyro
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    prog, commands, words = chosen_group(words)
-    shown = {}
-    for name, command in commands.items():
-        shown[name] = stand_in(name) if isinstance(command, dict) else command
-    about = "One-step generative modelling by solution functions."
-    description = GROUPS.get(prog.split()[-1], about)
     try:
+        prog, commands, words = chosen_group(take_imports(words))
+        shown = {}
+        for name, command in commands.items():
+            shown[name] = stand_in(name) if isinstance(command, dict) else command
+        description = GROUPS.get(prog.split()[-1], ABOUT)
         tyro.extras.subcommand_cli_from_dict(
             shown, prog=prog, description=description, args=words
         )

@@ -427,7 +427,7 @@ def instructor_cells(assignment: Assignment) -> list[dict]:
         kind = role(cell)
         if kind == "wrong":
             continue
-        new = dict(cell, metadata={})
+        new: dict[str, Any] = dict(cell, metadata={})
         if kind == "heading":
             new["source"] = heading_with_points(assignment, cell["source"])
         if kind == "written":  # its directive is no part of the answer
@@ -1566,7 +1566,7 @@ def write_csv(path: Path, rows: list) -> None:
 def write_written(folder: Path, assignment: Assignment, entered: Entered) -> None:
     "The answers to written questions, with the marks that they have so far."
     points = {q.number: shown_points(q.points) for q in assignment.questions}
-    rows = [WRITTEN]
+    rows: list[tuple] = [WRITTEN]
     for (student, n, answer), (value, comment) in entered.items():
         mark = shown_points(value)
         rows.append((student, n, points[n], mark, comment, guarded(answer)))
