@@ -4,12 +4,11 @@ import csv
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
-import warm
 from filelock import FileLock  # comes with torch
 
+from helpers import ROOT, program
 from soflow_edu import grading
 from soflow_edu.cli import COMMANDS
 from soflow_edu.grading import (
@@ -26,7 +25,6 @@ from soflow_edu.grading import (
     write_notebook,
 )
 
-ROOT = Path(__file__).parent.parent
 SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
 NAMES = [path.stem for path in SOLVED]
 SECONDS = 8  # a cell of a student, on a busy machine; more where it trains
@@ -35,7 +33,7 @@ EACH_ASSIGNMENT = pytest.mark.parametrize("path", SOLVED, ids=NAMES)
 
 def soflow(*words):
     # Its time is limited: a limit for students that does not fire would hang here.
-    return warm.run("soflow", *words, cwd=ROOT)
+    return program("soflow", *words, folder=ROOT, timeout=900)
 
 
 # ------------------------------------------------------------- what is secret
@@ -138,8 +136,8 @@ def course(tmp_path_factory, worker_id):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             built = soflow("course", "build", "--out", folder)
-            assert built.returncode == 0, built.stderr
-            print(built.stdout)
+            assert built.status == 0, built.err
+            print(built.out)
     return folder
 
 
@@ -152,11 +150,13 @@ def lines_of(text):
     return {line.strip() for line in text.splitlines()}
 
 
+@pytest.mark.slow
 def test_the_course_has_its_parts(course):
     parts = {path.name for path in course.iterdir()}
     assert parts == {"student", "solution", "instructor", "contents.md"}
 
 
+@pytest.mark.slow
 @EACH_ASSIGNMENT
 def test_student_notebook_holds_no_secret(path, course):
     assignment = read_assignment(path)
@@ -171,6 +171,7 @@ def test_student_notebook_holds_no_secret(path, course):
     assert not [cell for cell in read_notebook(student)["cells"] if cell.get("outputs")]
 
 
+@pytest.mark.slow
 @EACH_ASSIGNMENT
 def test_solution_and_rubric_hold_what_they_should(path, course):
     assignment = read_assignment(path)
@@ -182,15 +183,15 @@ def test_solution_and_rubric_hold_what_they_should(path, course):
         assert f"| {q.number}. {q.title} | {q.points:g} |" in table
 
 
+@pytest.mark.slow
 @EACH_ASSIGNMENT
-def test_student_notebook_runs_without_answers(path, course, monkeypatch):
+def test_student_notebook_runs_without_answers(path, course):
     "Its checks say for each question that it is not done."
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(course / f"student/{path.name}", as_version=4)
     nbformat.validate(notebook)
-    monkeypatch.setenv("JUPYTER_PATH", warm.kernels())
     client = NotebookClient(notebook, timeout=120, kernel_name="python3")
     client.execute(stderr=subprocess.DEVNULL)  # raises if a cell does
     outputs = []
@@ -237,11 +238,11 @@ def marked(home, out, name, seconds):
 
     Its output, the table of marks by student, and the points of each question."""
     done = soflow("course", "grade", home, "--out", out, "--seconds", seconds)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
+    print(done.out)
+    assert done.status == 0, done.err
     rows = {row["student"]: row for row in table_of(out / name)}
     got = {student: points_of(row) for student, row in rows.items()}
-    return done.stdout, rows, got
+    return done.out, rows, got
 
 
 def table_of(folder):
@@ -267,6 +268,7 @@ def reveals_nothing(assignment, folder, students):
             assert not told, (student, q.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOLVED[1:], ids=NAMES[1:])
 def test_marks_of_each_assignment(path, tmp_path):
     """Every second question right, the others wrong.
@@ -398,6 +400,7 @@ def check_notes(rows, copycat):
         assert words in notes["forger"]
 
 
+@pytest.mark.slow
 def test_marks_of_all_kinds_of_submissions(tmp_path):
     """Also forged, copied, torn and absent ones, and the whole table of marks.
 
@@ -544,6 +547,7 @@ def check_first_marks(two, first):
     assert "| **all** | **1.5** | **3.5** |" in two.feedback("ada")
 
 
+@pytest.mark.slow
 def test_marks_of_written_answers_last(two, monkeypatch):
     """Entered once, they survive marking again, an interruption and a failure.
 
@@ -675,6 +679,7 @@ def guide(course, place):
     return (course / place / "guide.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["student", "instructor"])
 def test_guides_speak_of_what_exists(course, place):
     "Each command and each assignment that a guide names is there."
@@ -688,6 +693,7 @@ def test_guides_speak_of_what_exists(course, place):
         assert (ROOT / "nbs/assignments" / name).exists()
 
 
+@pytest.mark.slow
 def test_plan_of_the_course_speaks_of_what_exists(course):
     "Four weeks, with chapters that there are, and each assignment once."
     text = guide(course, "instructor")
@@ -716,5 +722,5 @@ def test_refusals(words, hint, tmp_path):
     (tmp_path / "none").mkdir()
     places = {name: tmp_path / name for name in ("none", "nowhere")}
     done = soflow("course", *(places.get(word, word) for word in words))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert hint in " ".join(done.stderr.split()), done.stderr
+    assert done.status == 2 and "Traceback" not in done.err
+    assert hint in " ".join(done.err.split()), done.err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
+from helpers import PARITY, program, soflow
 from torch import nn
 
 from soflow_edu import config as config_module
@@ -518,6 +518,7 @@ def test_the_reader_is_found_by_name():
 
 def test_parity_passes_in_a_fresh_process():
     "Networks are imported when they are asked for: nothing may depend on what was imported before."
-    done = warm.run("soflow", "parity", Path(__file__).parent / "parity", "--only", "unet")
-    assert done.returncode == 0 and "ABOVE ITS" not in done.stdout and ", 0 above." in done.stdout, done.stdout
-    assert warm.run("soflow", "parity", "nowhere").returncode == 2
+    done = program("soflow", "parity", PARITY, "--only", "unet")
+    assert done.status == 0, done.said
+    assert "ABOVE ITS" not in done.out and ", 0 above." in done.out
+    assert soflow("parity", "nowhere").status == 2
