@@ -641,6 +641,7 @@ def error_of(view: View, probe: Probe) -> float:
     x, t, s, y, target = probe.question("middle", "long")
     if probe.flow is None:
         target = solved(OdeFlow(view, 1e-3), x, t, s, y)
+    assert target is not None
     of_jumps = ratio(view.solution(x, t, s, y) - target, target - x)
     return ((velocity_error(view, probe) ** 2 + of_jumps**2) / 2) ** 0.5
 
@@ -686,6 +687,7 @@ def laws_of_maps(view: View, probe: Probe) -> dict[str, float]:
     h = 0.02
     read = view.velocity(x, t, y)
     set_off = (x - f(x, t, t - h)) / h
+    assert target is not None
     way = max(rms(target - x), 1e-12)
     pace = max(rms(v(x, t)), 1e-12)
     return {
@@ -1238,7 +1240,7 @@ def examine(
     if finite < 1:
         return {"finite": finite}
     learn_truth(view, probe)
-    m = {
+    m: dict[str, float] = {
         "finite": finite,
         "velocity": velocity_error(view, probe),
         "noise_end": noise_end(view, probe),
@@ -1282,7 +1284,7 @@ def shape_of(model) -> tuple[int, ...]:
     """The shape of one sample, as the options of the network say it.
 
     Raises InputError for networks that do not."""
-    net = getattr(model, "net", None)
+    net: Any = getattr(model, "net", None)
     options = net.spec() if hasattr(net, "spec") else getattr(net, "options", {})
     if "dim" in options:
         return (options["dim"],)
