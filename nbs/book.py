@@ -373,8 +373,18 @@ def run_links():
             set_links(path, git_url())
 
 
+def chapters() -> list[Path]:
+    return [path for path in notebooks() if path.parent.name[0].isdigit()]
+
+
 def run_number():
-    equations.renumber([path for path in notebooks() if path.parent.name[0].isdigit()])
+    equations.renumber(chapters())
+
+
+def run_equations():
+    found = equations.faults(chapters())
+    print("\n".join(found))
+    sys.exit(1 if found else 0)
 
 
 def run_style(*names: str):
@@ -394,6 +404,7 @@ COMMANDS = {
     "run": run_notebooks,
     "readme": run_readme,
     "links": run_links,
+    "equations": run_equations,
     "number": run_number,
     "style": run_style,
     "measure": run_measure,

@@ -105,3 +105,32 @@ def renumber(chapters: list[Path]):
 def key_of(number: str) -> list[int]:
     parts = number.split(".")
     return [int(part) if part.isdigit() else 99 for part in parts]
+
+
+def faults(chapters: list[Path]) -> list[str]:
+    "What does not fit between the chapters, the code and the list."
+    tagged = []
+    for path in chapters:
+        tagged += displayed(path)
+    numbers = {equation.number for equation in tagged}
+    rows = listed()
+    found = [f"{number} has no row in {LIST.name}" for number in numbers - rows.keys()]
+    found += [f"{number} stands in no chapter" for number in rows.keys() - numbers]
+    for number in numbers & rows.keys():
+        found += row_faults(number, rows[number])
+    return sorted(found)
+
+
+def row_faults(number: str, row: dict) -> list[str]:
+    "What is wrong with one row: symbols that do not exist, or code without the number."
+    found = []
+    named = set()
+    for symbol in row.get("symbols") or []:
+        module, _, name = symbol.partition(".")
+        code = (ROOT / "soflow_edu" / f"{module}.py").read_text(encoding="utf-8")
+        named |= named_in(code)
+        if not re.search(rf"^(?:class|def) {name}\b|^{name}\b", code, re.M):
+            found.append(f"{number}: {symbol} does not exist")
+    if row.get("symbols") and number not in named:
+        found.append(f"{number} is named beside no line of {row['symbols']}")
+    return found
