@@ -32,7 +32,7 @@ for (const [look, options] of Object.entries(looks)) {
   }
   if (look === "wide-light") {
     await page.goto(`${folder}/search.html?q=semigroup`);
-    await page.waitForFunction(() => document.querySelectorAll("#search-results li a").length > 1);
+    await page.waitForFunction(() => /finished/.test(document.querySelector("#search-results .search-summary")?.textContent));
     seen.found = await page.locator("#search-results li a").evaluateAll(nodes => nodes.map(node => node.getAttribute("href")));
   }
 }
