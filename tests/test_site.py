@@ -311,6 +311,7 @@ def check_look(page: dict, dark: bool, where: str):
     assert page["overflow"] <= 0, f"{where}: wider than the window"
     assert page["raw"] == 0, f"{where}: {page['raw']} formulas are not set"
     assert not page["wrong"], f"{where}: formulas with errors: {page['wrong']}"
+    assert page["cut"] == 0, f"{where}: {page['cut']} formulas cannot be scrolled"
     for alt, width in page["images"]:
         assert width, f"{where}: a picture did not load: {alt}"
     colours = f"{where}: {page['ground']} and {page['ink']}"

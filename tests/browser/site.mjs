@@ -22,6 +22,7 @@ for (const [look, options] of Object.entries(looks)) {
       overflow: document.documentElement.scrollWidth - window.innerWidth,
       maths: document.querySelectorAll("mjx-container").length,
       raw: [...document.querySelectorAll(".math")].filter(node => !node.querySelector("mjx-container")).length,
+      cut: [...document.querySelectorAll("div.math")].filter(node => node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).overflowX === "hidden").length,
       wrong: [...document.querySelectorAll("[data-mjx-error]")].map(node => node.getAttribute("data-mjx-error")),
       numbers: [...document.querySelectorAll("mjx-container [id^='mjx-eqn']")].map(node => node.id.slice(8)),
       ground: getComputedStyle(document.body).backgroundColor,
