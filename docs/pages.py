@@ -15,6 +15,7 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def place(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
+@cache
 def heading(path: Path) -> str:
     first = book.read(path).cells[0].source
     return re.match(r"# (.+)", first)[1].strip()
@@ -132,6 +134,19 @@ def linked(text: str, places: dict[str, str]) -> str:
     return PATH_OF_NOTEBOOK.sub(r"](/\1", text)
 
 
+def with_tags(text: str) -> str:
+    """Prose in which formulas of several lines with a tag are environments.
+
+    Sphinx would put them into `split`, where MathJax takes no tag."""
+
+    def environment(block: re.Match) -> str:
+        if "\\\\" not in block[1] or "\\tag{" not in block[1]:
+            return block[0]
+        return f"\\begin{{equation*}}\n{block[1].strip()}\n\\end{{equation*}}"
+
+    return re.sub(r"\$\$(.+?)\$\$", environment, text, flags=re.S)
+
+
 def pictures(cell: Notebook) -> list[Notebook]:
     "The data of each figure among the outputs of a cell."
     every = [output.get("data", {}) for output in cell.get("outputs", [])]
@@ -156,7 +171,7 @@ def site_cells(cell: Notebook, places: dict[str, str]) -> Iterator[Notebook]:
     if "solution" in tags:
         cell.metadata.tags.append("hide-cell")
     if cell.cell_type == "markdown":
-        cell.source = linked(cell.source, places)
+        cell.source = with_tags(linked(cell.source, places))
     if cell.cell_type == "code":
         as_code(cell)
     if cell.source.strip():
@@ -414,7 +429,8 @@ def equation_entry(equation: equations.Equation, row: dict, known: Places) -> li
         )
         raise ValueError(message)
     lines = [f"**{row['name']}**: {row['source']}", ""]
-    lines += ["$$", f"{equation.tex} \\tag{{{equation.number}}}", "$$", ""]
+    formula = f"$$\n{equation.tex} \\tag{{{equation.number}}}\n$$"
+    lines += [with_tags(formula), ""]
     links = []
     for symbol in row["symbols"]:
         path, cell = known[symbol]
