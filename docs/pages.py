@@ -1,7 +1,9 @@
-"""Writes what Sphinx reads: the chapters as executed, the reference of the package, equations, configurations, gallery.
+"""Writes what Sphinx reads: the chapters as executed, the reference of the package,
+equations, configurations, gallery.
 
-    python docs/pages.py FOLDER
+python docs/pages.py FOLDER
 """
+
 import ast
 import base64
 import dataclasses
@@ -12,6 +14,8 @@ import shutil
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -22,12 +26,23 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT / "nbs"))
 import book  # noqa: E402
+import equations  # noqa: E402
 
-PARTS = {"0_start": "Start", "1_plane": "The plane", "2_images": "Pictures", "3_imagenet": "ImageNet", "4_practice": "Practice"}
+PARTS = {
+    "0_start": "Start",
+    "1_plane": "The plane",
+    "2_images": "Pictures",
+    "3_imagenet": "ImageNet",
+    "4_practice": "Practice",
+}
+WIDTH = 88  # columns of a signature
+
+Notebook = nbformat.NotebookNode
+Places = dict[str, tuple[Path, str]]  # module.name -> its chapter, the id of its cell
 
 
-# ---------------------------------------------------------------------------------------------------- chapters
-def chapters() -> list:
+# ------------------------------------------------------------------------ chapters
+def chapters() -> list[Path]:
     return [path for path in book.notebooks() if path.parent.name in PARTS]
 
 
@@ -36,166 +51,420 @@ def place(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def module_of(notebook) -> str:
-    return next((m[1] for cell in book.code_cells(notebook) if (m := re.match(r"#\| default_exp (\w+)", cell.source))), "")
+@cache
+def heading(path: Path) -> str:
+    first = book.read(path).cells[0].source
+    return re.match(r"# (.+)", first)[1].strip()
 
 
-def exported(cell) -> list:
+def link_to(path: Path) -> str:
+    "A link to a chapter that reads as its heading."
+    return f"[{heading(path)}](/{place(path)}.ipynb)"
+
+
+def module_of(notebook: Notebook) -> str:
+    "The module that a notebook exports, or an empty string."
+    for cell in book.code_cells(notebook):
+        found = re.match(r"#\| default_exp (\w+)", cell.source)
+        if found:
+            return found[1]
+    return ""
+
+
+def chapters_with_modules() -> dict[str, Path]:
+    "The chapter of each module, in reading order."
+    found = {module_of(book.read(path)): path for path in chapters()}
+    found.pop("", None)
+    return found
+
+
+def assigned(targets: list[ast.expr]) -> list[str]:
+    "The names among the targets of an assignment."
+    names = []
+    for target in targets:
+        for part in getattr(target, "elts", [target]):
+            if isinstance(part, ast.Name):
+                names.append(part.id)
+    return names
+
+
+def exported(cell: Notebook) -> list[str]:
     "Names that a cell exports: functions, classes and constants."
     if cell.cell_type != "code" or not cell.source.startswith("#| export"):
         return []
     found = []
     for node in ast.parse(cell.source).body:
-        found += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        targets = [part for target in node.targets for part in getattr(target, "elts", [target])] if isinstance(node, ast.Assign) else []
-        found += [target.id for target in targets if isinstance(target, ast.Name)]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign):
+            found += assigned(node.targets)
+        elif isinstance(node, ast.AnnAssign):
+            found += assigned([node.target])
     return found
 
 
-def symbols() -> dict:
-    "Where each exported symbol is: module.name -> (path of its chapter, id of its cell)."
+def symbols() -> Places:
+    "Where each exported symbol is explained."
     found = {}
-    for path in chapters():
-        notebook = book.read(path)
-        found |= {f"{module_of(notebook)}.{name}": (path, cell.id) for cell in notebook.cells for name in exported(cell)}
+    for module, path in chapters_with_modules().items():
+        for cell in book.read(path).cells:
+            for name in exported(cell):
+                found[f"{module}.{name}"] = (path, cell.id)
     return found
 
 
-def linked(text: str, places: dict) -> str:
-    "Words such as `chapter *guidance*` or `chapters *solution* and *flow_matching*` as links to those chapters; paths of notebooks as paths of pages."
-    link = lambda m: f"[*{m[1]}*](/{places[m[1].replace('_', ' ')]})" if m[1].replace("_", " ") in places else m[0]
-    text = re.sub(r"[Cc]hapters?(?:,? (?:and )?\*\w[\w -]*\*)+", lambda names: re.sub(r"\*(\w[\w -]*)\*", link, names[0]), text)
-    return re.sub(r"\]\((?:\.\./)*((?:\d_\w+)/\d\d_\w+\.ipynb)", r"](/\1", text)
+NAMES_OF_CHAPTERS = re.compile(r"[Cc]hapters?(?:,? (?:and )?\*\w[\w -]*\*)+")
+PATH_OF_NOTEBOOK = re.compile(r"\]\((?:\.\./)*((?:\d_\w+)/\d\d_\w+\.ipynb)")
 
 
-def chapter(path: Path, places: dict):
-    "A chapter for the site: texts for those who do not see a figure, folded solutions, an anchor at each exported name."
-    notebook, cells = book.read(path), []
+def linked(text: str, places: dict[str, str]) -> str:
+    """Prose with its chapters as links, and paths of notebooks as paths of pages.
+
+    A chapter is named as in `chapter *guidance*` or in `chapters *solution* and
+    *flow_matching*`; `places` holds the page of each name."""
+
+    def link(name: re.Match) -> str:
+        words = name[1].replace("_", " ")
+        return f"[*{name[1]}*](/{places[words]})" if words in places else name[0]
+
+    def links(names: re.Match) -> str:
+        return re.sub(r"\*(\w[\w -]*)\*", link, names[0])
+
+    text = NAMES_OF_CHAPTERS.sub(links, text)
+    return PATH_OF_NOTEBOOK.sub(r"](/\1", text)
+
+
+def with_tags(text: str) -> str:
+    """Prose in which formulas of several lines with a tag are environments.
+
+    Sphinx would put them into `split`, where MathJax takes no tag."""
+
+    def environment(block: re.Match) -> str:
+        if "\\\\" not in block[1] or "\\tag{" not in block[1]:
+            return block[0]
+        return f"\\begin{{equation*}}\n{block[1].strip()}\n\\end{{equation*}}"
+
+    return re.sub(r"\$\$(.+?)\$\$", environment, text, flags=re.S)
+
+
+def pictures(cell: Notebook) -> list[Notebook]:
+    "The data of each figure among the outputs of a cell."
+    every = [output.get("data", {}) for output in cell.get("outputs", [])]
+    return [data for data in every if "image/png" in data]
+
+
+def as_code(cell: Notebook):
+    "A code cell for the site: its figures have a text, its directives are gone."
+    texts = [data["text/plain"] for data in pictures(cell)]
+    if texts:  # Sphinx knows one text for all figures of a cell
+        cell.metadata["mystnb"] = {"image": {"alt": " ".join(texts)}}
+    cell.source = re.sub(r"^#\| .*\n?", "", cell.source, flags=re.M)
+
+
+def site_cells(cell: Notebook, places: dict[str, str]) -> Iterator[Notebook]:
+    "What stands in the site for a cell, an anchor before it if it exports a name."
+    tags = book.tags(cell)
+    if exported(cell):
+        yield nbformat.v4.new_markdown_cell(f"(cell-{cell.id})=")
+    if "install" in tags:
+        return
+    if "solution" in tags:
+        cell.metadata.tags.append("hide-cell")
+    if cell.cell_type == "markdown":
+        cell.source = with_tags(linked(cell.source, places))
+    if cell.cell_type == "code":
+        as_code(cell)
+    if cell.source.strip():
+        yield cell
+
+
+def chapter(path: Path, places: dict[str, str]) -> Notebook:
+    """A chapter for the site: texts for those who do not see a figure, folded
+    solutions, an anchor at each exported name."""
+    notebook = book.read(path)
+    cells = []
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = linked(cell.source, places)
-        if exported(cell):
-            cells.append(nbformat.v4.new_markdown_cell(f"(cell-{cell.id})="))
-        if "install" in cell.metadata.get("tags", []):
-            continue
-        if "solution" in cell.metadata.get("tags", []):
-            cell.metadata.tags.append("hide-cell")
-        figures = [output.data["text/plain"] for output in getattr(cell, "outputs", []) if "image/png" in output.get("data", {})]
-        if figures:
-            cell.metadata["mystnb"] = {"image": {"alt": " ".join(figures)}}      # one text for all figures of a cell
-        if cell.cell_type == "code":
-            cell.source = re.sub(r"^#\| .*\n?", "", cell.source, flags=re.M)
-        if cell.source.strip():
-            cells.append(cell)
+        cells += site_cells(cell, places)
     notebook.cells = cells
     return notebook
 
 
-# ---------------------------------------------------------------------------------------------------- reference
-def reference(module: str, path: Path, known: dict) -> str:
-    "The page of a module: each exported name with its signature, what its parameters are, and where it is explained."
+# ----------------------------------------------------------------------- reference
+def reference(module: str, path: Path, known: Places) -> str:
+    """The page of a module: each public name with its signature, what its parameters
+    are, and where it is explained."""
     loaded = import_module(f"soflow_edu.{module}")
-    lines = [f"# {module}", "", f"Explained in [{heading(path)}](/{place(path)}.ipynb).", ""]
+    lines = [f"# {module}", "", f"Explained in {link_to(path)}.", ""]
     for name in loaded.__all__:
-        value = getattr(loaded, name)
-        lines += [f"## {name}", "", f"[source and explanation](#cell-{known[f'{module}.{name}'][1]})", ""]
-        if not callable(value) or not getattr(value, "__doc__", ""):
-            lines += [] if callable(value) else ["```text", f"{name} = {shortened(value)}", "```", ""]
-            if not callable(value):
-                continue
-        lines += ["```python", signature(name, value), "```", ""]
-        lines += [inspect.cleandoc(value.__doc__), ""] if own_doc(value) else []
-        lines += parameters(value)
+        _, cell = known[f"{module}.{name}"]
+        lines += [f"## {name}", "", f"[source and explanation](#cell-{cell})", ""]
+        lines += entry(name, getattr(loaded, name))
     return "\n".join(lines)
 
 
-def own_doc(value) -> bool:
-    return bool(value.__doc__) and not (inspect.isclass(value) and value.__doc__.startswith(f"{value.__name__}("))
+def entry(name: str, value: object) -> list[str]:
+    "What the reference says of a name, as lines of Markdown."
+    if not callable(value):
+        return ["```text", f"{name} = {shortened(value)}", "```", ""]
+    lines = ["```python", signature(name, value), "```", ""]
+    if own_doc(value):
+        lines += [inspect.cleandoc(value.__doc__), ""]
+    return lines + parameters(value)
 
 
-def shortened(value, length: int = 200) -> str:
+def own_doc(value: Callable) -> bool:
+    "Whether it has a docstring that dataclass did not write."
+    if not value.__doc__:
+        return False
+    if not inspect.isclass(value):
+        return True
+    return not value.__doc__.startswith(f"{value.__name__}(")
+
+
+def shortened(value: object, length: int = 200) -> str:
     text = repr(value).replace(f"{ROOT}/", "")
     return text if len(text) <= length else text[:length] + " ..."
 
 
-def signature(name: str, value) -> str:
-    "As written, with types by their names alone."
+def signature(name: str, value: Callable) -> str:
+    "As written, with types by their names alone; long ones in a line a parameter."
     try:
-        return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", f"{'class ' if inspect.isclass(value) else ''}{name}{inspect.signature(value)}")
+        found = inspect.signature(value)
     except (ValueError, TypeError):
         return name
+    kind = "class " if inspect.isclass(value) else ""
+    text = without_modules(f"{kind}{name}{found}")
+    if len(text) <= WIDTH:
+        return text
+    empty = found.replace(parameters=[])
+    opening, _, end = without_modules(f"{kind}{name}{empty}").partition("()")
+    inner = [f"    {without_modules(part)}," for part in parts_of(found)]
+    return "\n".join([f"{opening}(", *inner, f"){end}"])
 
 
-def comments(source: str) -> list:
-    "Of a function's source: (names of the parameters on a line of its signature, the comment at its end); no names where the line holds the result only, None where it holds everything."
-    rows, names, depth, last, whole = [], [], 0, "", True
-    source = re.sub(r"\A.*?(?=^def )", "", source, flags=re.M | re.S)          # without decorators
-    if not source.startswith("def "):
-        return []
+def parts_of(found: inspect.Signature) -> list[str]:
+    "The parameters as written, and the bare star before those given by name only."
+    parts = [str(part) for part in found.parameters.values()]
+    kinds = [part.kind for part in found.parameters.values()]
+    named = inspect.Parameter.KEYWORD_ONLY
+    if named in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        parts.insert(kinds.index(named), "*")
+    return parts
+
+
+def without_modules(text: str) -> str:
+    "torch.Tensor as Tensor."
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text)
+
+
+# A line of a signature: the names on it, and the comment at its end. No names: the line
+# holds the result only. None: it holds the whole signature.
+Row = tuple[list[str] | None, str]
+
+
+def comments_by_line(source: str, first: int = 1) -> dict[int, str]:
+    "The comments of a source from a line on, by the number of the line."
+    found = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and depth == 1 and last in ("(", ",", "*", "**"):
-            names.append(token.string)
-        depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
-        if token.type == tokenize.COMMENT:
-            rows.append((names, token.string.lstrip("# ").strip()))
-        if token.type == tokenize.NL:
-            names, whole = [], False
-        if token.type == tokenize.NEWLINE:                       # the signature, and its comment, end here
-            return [(None, text) for _, text in rows] if whole else rows
-        last = token.string if token.type in (tokenize.OP, tokenize.NAME) else last
+        if token.type == tokenize.COMMENT and token.start[0] >= first:
+            found[token.start[0]] = token.string.lstrip("# ").strip()
+    return found
+
+
+def last_line(source: str, first: int) -> int:
+    "The number of the line on which the logical line ends that begins on `first`."
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NEWLINE and token.start[0] >= first:
+            return token.start[0]
+    return first
+
+
+def arguments_of(node: ast.FunctionDef) -> list[ast.arg]:
+    "All parameters, in the order in which they are written."
+    given = node.args
+    every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs]
+    every.append(given.kwarg)
+    return [argument for argument in every if argument]
+
+
+def comments(source: str) -> list[Row]:
+    "The commented lines of a function's signature."
+    node = parsed(source)
+    if not isinstance(node, ast.FunctionDef):
+        return []
+    first = node.lineno
+    last = last_line(source, first)
+    rows: list[Row] = []
+    for line, text in comments_by_line(source, first).items():
+        if line > last:
+            break
+        names = [part.arg for part in arguments_of(node) if part.end_lineno == line]
+        rows.append((None if first == last else names, text))
     return rows
 
 
-def fields(source: str) -> list:
-    "Of a class's source: the same for its annotated fields."
-    lines = source.splitlines()
-    body = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return [([node.target.id], lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")) for node in body if lines[node.end_lineno - 1][node.end_col_offset:].strip().startswith("#")]
+def fields(source: str) -> list[Row]:
+    "The commented lines among the annotated fields of a class."
+    beside = comments_by_line(source)
+    rows: list[Row] = []
+    for node in parsed(source).body:
+        if isinstance(node, ast.AnnAssign) and node.end_lineno in beside:
+            rows.append(([node.target.id], beside[node.end_lineno]))
+    return rows
 
 
-def parameters(value) -> list:
-    "A table of the comments beside parameters or fields, as rows of Markdown."
-    init = vars(value).get("__init__") if inspect.isclass(value) else value
+def parsed(source: str) -> ast.stmt | None:
+    "The first statement of a source; None for a piece that is none, as of a lambda."
     try:
-        source = textwrap.dedent(inspect.getsource(value))
-        rows = fields(source) if inspect.isclass(value) and dataclasses.is_dataclass(value) else comments(textwrap.dedent(inspect.getsource(inspect.unwrap(init)))) if init else []
-    except (OSError, TypeError):                     # made by a call, without a source of its own
+        return ast.parse(source).body[0]
+    except SyntaxError:
+        return None
+
+
+def source_of(value: Callable) -> str:
+    return textwrap.dedent(inspect.getsource(value))
+
+
+def rows_of(value: Callable) -> list[Row]:
+    "The commented parameters of a function or a class, or fields of a dataclass."
+    if dataclasses.is_dataclass(value):
+        return fields(source_of(value))
+    if not inspect.isclass(value):
+        return comments(source_of(inspect.unwrap(value)))
+    own = vars(value).get("__init__")
+    return comments(source_of(inspect.unwrap(own))) if own else []
+
+
+def label(names: list[str] | None) -> str:
+    "What the left column says of a line with these names."
+    if names is None:
+        return "in and out"
+    shown = [f"`{name}`" for name in names if name != "self"]
+    return ", ".join(shown) or "returns"
+
+
+def parameters(value: Callable) -> list[str]:
+    "A table of the comments beside parameters or fields, as rows of Markdown."
+    try:
+        rows = rows_of(value)
+    except (OSError, TypeError):  # made by a call, without a source of its own
         return []
-    label = lambda names: "in and out" if names is None else ", ".join(f"`{name}`" for name in names if name != "self") or "returns"
-    cell = lambda text: " ".join(text.split()).replace("|", "\\|")
-    return ["| parameter | |", "|---|---|", *(f"| {label(names)} | {cell(text)} |" for names, text in rows), ""] if rows else []
+    if not rows:
+        return []
+    lines = ["| parameter | |", "|---|---|"]
+    for names, text in rows:
+        words = " ".join(text.split()).replace("|", "\\|")
+        lines.append(f"| {label(names)} | {words} |")
+    return [*lines, ""]
 
 
-def heading(path: Path) -> str:
-    return re.match(r"# (.+)", book.read(path).cells[0].source)[1].strip()
+def reference_list(modules: list[str]) -> str:
+    "The page that leads to the pages of the modules."
+    lines = ["# Reference", ""]
+    lines += [f"- [{module}](/reference/{module}.md)" for module in modules]
+    lines += ["", ":::{toctree}", ":hidden:", ""]
+    lines += [f"reference/{module}" for module in modules]
+    return "\n".join([*lines, ":::"])
 
 
-# ---------------------------------------------------------------------------------------------------- other pages
+# ------------------------------------------------------------------- configurations
+def band_text(band: dict) -> str:
+    return f"{band['metric']} {band['low']} to {band['high']} ({band['source']})"
+
+
+def configuration_row(path: Path) -> str:
+    about = yaml.safe_load(path.read_text(encoding="utf-8")).get("about", {})
+    bands = "; ".join(band_text(band) for band in about.get("expected", []))
+    hardware = about.get("hardware", "")
+    minutes = about.get("minutes", "")
+    return f"| [{path.stem}](#{path.stem}) | {hardware} | {minutes} | {bands} |"
+
+
+CONFIGURATIONS = (
+    "`soflow train NAME --out FOLDER` trains one of these. *Expected* says what a run "
+    "should give, in which band, and whether that was published or measured here."
+)
+
+
 def configurations() -> str:
     "The ladder of configurations, a row for each, and below it each file."
-    lines = ["# Configurations", "", "`soflow train NAME --out FOLDER` trains one of these. *Expected* says what a run should give, in which band, and whether that was published or measured here.", "",
-             "| name | for | minutes | expected |", "|---|---|---|---|"]
     files = sorted((ROOT / "soflow_edu/configs").glob("*.yaml"))
+    lines = ["# Configurations", "", CONFIGURATIONS, ""]
+    lines += ["| name | for | minutes | expected |", "|---|---|---|---|"]
+    lines += [configuration_row(path) for path in files]
     for path in files:
-        about = yaml.safe_load(path.read_text(encoding="utf-8")).get("about", {})
-        bands = "; ".join(f"{band['metric']} {band['low']} to {band['high']} ({band['source']})" for band in about.get("expected", []))
-        lines.append(f"| [{path.stem}](#{path.stem}) | {about.get('hardware', '')} | {about.get('minutes', '')} | {bands} |")
-    for path in files:
-        lines += ["", f"({path.stem})=", f"## {path.stem}", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```"]
+        text = path.read_text(encoding="utf-8").rstrip()
+        lines += ["", f"({path.stem})=", f"## {path.stem}", ""]
+        lines += ["```yaml", text, "```"]
     return "\n".join(lines) + "\n"
 
 
-def equations() -> str:
-    "Each equation with the cell and the symbol that implements it. Raises ValueError if one has no cell."
+# ----------------------------------------------------------------------- equations
+EQUATIONS = (
+    "Each numbered equation of the course, where it comes from, and the symbols that "
+    "implement it. The code names an equation by its number, as in `eq. 1.8.3`: part, "
+    "chapter, place in the chapter."
+)
+
+
+def unlisted(rows: dict[str, dict]) -> list[str]:
+    "The numbers of displayed equations that have no row in docs/equations.yaml."
+    found = []
+    for path in chapters():
+        numbers = [equation.number for equation in equations.displayed(path)]
+        found += [number for number in numbers if number not in rows]
+    return found
+
+
+def equation_entry(equation: equations.Equation, row: dict, known: Places) -> list[str]:
+    """An equation of the page as lines of Markdown.
+
+    Raises ValueError if it has no cell."""
+    missing = [symbol for symbol in row["symbols"] if symbol not in known]
+    if missing or not row["symbols"]:
+        symbols = ", ".join(missing) or "(none named)"
+        message = (
+            f"The equation {row['name']!r} ({equation.number}) has no cell: "
+            f"no chapter exports {symbols}."
+        )
+        raise ValueError(message)
+    lines = [f"**{row['name']}**: {row['source']}", ""]
+    formula = f"$$\n{equation.tex} \\tag{{{equation.number}}}\n$$"
+    lines += [with_tags(formula), ""]
+    links = []
+    for symbol in row["symbols"]:
+        path, cell = known[symbol]
+        links.append(f"[`{symbol}`](#cell-{cell}) in {link_to(path)}")
+    return [*lines, "; ".join(links), ""]
+
+
+def equation_page() -> str:
+    """Each equation, by chapter, with the symbols that implement it and their cells.
+
+    Raises ValueError if one has no row in docs/equations.yaml, or no cell."""
     known = symbols()
-    lines = ["# Equations and where they live", "", "Each formula of the paper and of the methods beside it, the symbol that implements it, and the chapter that derives and checks it.", ""]
-    for part, rows in yaml.safe_load((DOCS / "equations.yaml").read_text(encoding="utf-8")).items():
-        lines += [f"## {part}", ""]
-        for row in rows:
-            if missing := [symbol for symbol in row["symbols"] or ["(none named)"] if symbol not in known]:
-                raise ValueError(f"The equation {row['name']!r} has no cell: no chapter exports {', '.join(missing)}.")
-            lines += [f"**{row['name']}**", "", "$$", row["tex"].strip(), "$$", "", "; ".join(f"[`{symbol}`](#cell-{known[symbol][1]}) in [{heading(known[symbol][0])}](/{place(known[symbol][0])}.ipynb)" for symbol in row["symbols"]), ""]
+    rows = equations.listed()
+    missing = unlisted(rows)
+    if missing:
+        message = f"docs/equations.yaml has no row for: {', '.join(missing)}."
+        raise ValueError(message)
+    lines = ["# Equations and where they live", "", EQUATIONS, ""]
+    for path in chapters():
+        found = equations.displayed(path)
+        if found:
+            lines += [f"## {link_to(path)}", ""]
+        for equation in found:
+            lines += equation_entry(equation, rows[equation.number], known)
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------- other pages
+def first_picture(path: Path) -> Notebook | None:
+    "The data of the first figure of a chapter."
+    for cell in book.code_cells(book.read(path)):
+        for data in pictures(cell):
+            return data
+    return None
 
 
 def gallery(folder: Path) -> str:
@@ -203,28 +472,46 @@ def gallery(folder: Path) -> str:
     (folder / "gallery").mkdir()
     lines = ["# Gallery", ""]
     for path in chapters():
-        found = next((output.data for cell in book.code_cells(book.read(path)) for output in cell.outputs if "image/png" in output.get("data", {})), None)
-        if found:
-            picture = folder / "gallery" / f"{path.stem}.png"
-            picture.write_bytes(base64.b64decode(found["image/png"]))
-            lines += [f"## [{heading(path)}](/{place(path)}.ipynb)", "", f"![{found['text/plain']}](/gallery/{picture.name})", "", found["text/plain"], ""]
+        data = first_picture(path)
+        if data is None:
+            continue
+        text = data["text/plain"]
+        picture = folder / "gallery" / f"{path.stem}.png"
+        picture.write_bytes(base64.b64decode(data["image/png"]))
+        lines += [f"## {link_to(path)}", ""]
+        lines += [f"![{text}](/gallery/{picture.name})", "", text, ""]
     return "\n".join(lines)
+
+
+PLAY = (
+    '<p><a href="4_practice/play.html">Drag the noise</a>: a page in which the trained '
+    "map answers while you drag its input (chapter <i>play</i>).</p>"
+)
+
+
+def contents(caption: str, entries: list[str]) -> list[str]:
+    "A part of the table of contents beside each page."
+    options = [":hidden:", f":caption: {caption}"]
+    return [":::{toctree}", *options, "", *entries, ":::", ""]
 
 
 def front() -> str:
-    "The first page: that of the repository, without links out of the site, and the contents."
-    text = re.sub(r"\]\(nbs/(pictures/)", r"](/\1", book.readme().partition("-->")[2])
+    """The first page: that of the repository, without links out of the site, and the
+    contents."""
+    text = book.readme().partition("-->")[2]
+    text = re.sub(r"\]\(nbs/(pictures/)", r"](/\1", text)
     text = re.sub(r"\[([^\]]*)\]\((?:nbs/assignments/|[A-Z]+\.md)[^)]*\)", r"\1", text)
     text = re.sub(r"\]\(nbs/", "](/", text)
-    text += '\n\n<p><a href="4_practice/play.html">Drag the noise</a>: a page in which the trained map answers while you drag its input (chapter <i>play</i>).</p>\n\n'
-    toc = lambda caption, entries: [":::{toctree}", ":hidden:", f":caption: {caption}", "", *entries, ":::", ""]
-    lines = [text]
+    lines = [text, "", PLAY, "", ""]
     for part, caption in PARTS.items():
-        lines += toc(caption, [place(path) for path in chapters() if path.parent.name == part])
-    lines += toc("To look things up", ["configurations", "equations", "gallery", "reference"])
+        entries = [place(path) for path in chapters() if path.parent.name == part]
+        lines += contents(caption, entries)
+    others = ["configurations", "equations", "gallery", "reference"]
+    lines += contents("To look things up", others)
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------- writing
 def write_play(folder: Path):
     "The page of chapter play, beside it: what Sphinx copies as it is."
     from soflow_edu.cifar10 import load_weights
@@ -232,27 +519,46 @@ def write_play(folder: Path):
     from soflow_edu.play import write_page
 
     (folder / "4_practice").mkdir(parents=True)
-    write_page(folder / "4_practice/play.html", load_weights("plane-labelled"), law_of("eight_gaussians"))
+    model = load_weights("plane-labelled")
+    write_page(folder / "4_practice/play.html", model, law_of("eight_gaussians"))
+
+
+def write_chapters(folder: Path):
+    places = {}
+    for path in chapters():
+        name = path.stem[3:].replace("_", " ")
+        places[name] = f"{place(path)}.ipynb"
+    for path in chapters():
+        target = folder / f"{place(path)}.ipynb"
+        target.parent.mkdir(exist_ok=True)
+        nbformat.write(chapter(path, places), target)
+
+
+def write_reference(folder: Path):
+    (folder / "reference").mkdir()
+    known = symbols()
+    modules = chapters_with_modules()
+    for module, path in modules.items():
+        target = folder / f"reference/{module}.md"
+        target.write_text(reference(module, path, known), encoding="utf-8")
+    listing = reference_list(list(modules)) + "\n"
+    (folder / "reference.md").write_text(listing, encoding="utf-8")
 
 
 def write(folder: Path):
     "All pages, into a new folder, and into its folder _extra what is no page."
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    places = {path.stem[3:].replace("_", " "): f"{place(path)}.ipynb" for path in chapters()}
-    for path in chapters():
-        target = folder / f"{place(path)}.ipynb"
-        target.parent.mkdir(exist_ok=True)
-        nbformat.write(chapter(path, places), target)
-    shutil.copytree(ROOT / "nbs/pictures", folder / "pictures")
+    write_chapters(folder)
     write_play(folder / "_extra")
-    (folder / "reference").mkdir()
-    known = symbols()
-    modules = [(module, path) for path in chapters() if (module := module_of(book.read(path)))]
-    for module, path in modules:
-        (folder / f"reference/{module}.md").write_text(reference(module, path, known), encoding="utf-8")
-    listing = ["# Reference", "", *(f"- [{module}](/reference/{module}.md)" for module, _ in modules), "", ":::{toctree}", ":hidden:", "", *(f"reference/{module}" for module, _ in modules), ":::"]
-    pages = {"index": front(), "configurations": configurations(), "equations": equations(), "gallery": gallery(folder), "reference": "\n".join(listing)}
+    write_reference(folder)
+    pages = {
+        "index": front(),
+        "configurations": configurations(),
+        "equations": equation_page(),
+        "gallery": gallery(folder),
+    }
+    shutil.copytree(ROOT / "nbs/pictures", folder / "pictures")
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 

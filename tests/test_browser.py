@@ -1,4 +1,6 @@
-"Two widgets in a real JupyterLab and in Notebook 7, driven by mouse, keyboard and touch in headless Chromium, and the page of chapter play inside both."
+"""Two widgets in a real JupyterLab and in Notebook 7, driven by mouse, keyboard and
+touch in headless Chromium, and the page of chapter play inside both."""
+
 import json
 import os
 import secrets
@@ -9,86 +11,247 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from soflow_edu.cifar10 import load_weights
 from soflow_edu.core import InputError
 from soflow_edu.distributions import law_of
 from soflow_edu.play import runtime_folder, write_page
 
-BROWSER = Path(__file__).parent / "browser"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-READY = CHROMIUM and shutil.which("node") and (BROWSER / "node_modules/playwright-core/package.json").exists()
-try:
-    runtime_folder()
-except InputError:
-    READY = False
-CELLS = ["from soflow_edu.widgets import drag_noise, training_film\nnoise = drag_noise()\nnoise", "film = training_film()\nfilm", "print(noise.values, film.values)",
-         "from IPython.display import IFrame\nIFrame('play.html', width='100%', height=760)"]
+BROWSER = ROOT / "tests" / "browser"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
-pytestmark = pytest.mark.skipif(not READY, reason="needs node, chromium and playwright-core: make browser")
+
+def ready() -> bool:
+    "Whether node, Chromium, its driver and the runtime of chapter play are here."
+    try:
+        runtime_folder()
+    except InputError:
+        return False
+    driver = BROWSER / "node_modules/playwright-core/package.json"
+    return bool(CHROMIUM and shutil.which("node") and driver.exists())
+
+
+READY = ready()
+pytestmark = pytest.mark.skipif(
+    not READY, reason="needs node, chromium and playwright-core: make browser"
+)
+
+
+def driven(script: str, **settings) -> dict:
+    "What a script of tests/browser saw, which node runs with these settings."
+    done = subprocess.run(
+        ["node", BROWSER / script, json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+# ------------------------------------------------------------ a server with a notebook
+CELLS = [
+    "from soflow_edu.widgets import drag_noise, training_film\n"
+    "noise = drag_noise()\n"
+    "noise",
+    "film = training_film()\nfilm",
+    "print(noise.values, film.values)",
+    "from IPython.display import IFrame\nIFrame('play.html', width='100%', height=760)",
+]
+NEWS = "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+PLACES = (
+    "JUPYTER_CONFIG_DIR",
+    "JUPYTER_DATA_DIR",
+    "JUPYTER_RUNTIME_DIR",
+    "JUPYTERLAB_SETTINGS_DIR",
+    "JUPYTERLAB_WORKSPACES_DIR",
+    "IPYTHONDIR",
+)
+MODULES = {"lab": "jupyterlab", "notebook": "notebook"}
+ADDRESSES = {"lab": "lab/tree", "notebook": "notebooks"}
+
+
+def code_cell(number: int, source: str) -> dict:
+    return {
+        "cell_type": "code",
+        "id": f"cell-{number}",
+        "metadata": {},
+        "source": source,
+        "outputs": [],
+        "execution_count": None,
+    }
 
 
 def notebook() -> str:
-    cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(CELLS)]
-    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+    cells = [code_cell(number, source) for number, source in enumerate(CELLS)]
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel}
+    whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(whole)
+
+
+def fill(folder: Path):
+    "Writes the notebook, the page of chapter play, and settings that ask nothing."
+    (folder / "widgets.ipynb").write_text(notebook())
+    law = law_of("eight_gaussians")
+    write_page(folder / "play.html", load_weights("plane-labelled"), law)
+    news = folder / "JUPYTERLAB_SETTINGS_DIR" / NEWS
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@dataclass
+class Server:
+    "A Jupyter server on 127.0.0.1."
+
+    application: str
+    folder: Path
+    port: int
+    token: str
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        "The address of the notebook."
+        place = ADDRESSES[self.application]
+        return f"{self.root}/{place}/widgets.ipynb?token={self.token}"
+
+    @property
+    def command(self) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            MODULES[self.application],
+            "--no-browser",
+            "--allow-root",
+            "--expose-app-in-browser",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={self.port}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={self.token}",
+            f"--ServerApp.root_dir={self.folder}",
+        ]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    def answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.root}/api", timeout=5)
+        except OSError:
+            return False
+        return True
+
+
+@contextmanager
+def running(server: Server) -> Iterator[subprocess.Popen]:
+    "The process of a server, which writes below its folder only; ended afterwards."
+    places = {name: str(server.folder / name) for name in PLACES}
+    with open(server.log, "w") as log:
+        process = subprocess.Popen(
+            server.command,
+            cwd=server.folder,
+            env=os.environ | places | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(server: Server, process: subprocess.Popen):
+    "Waits two minutes at most."
+    for _ in range(240):
+        assert process.poll() is None, server.log.read_text()[-3000:]
+        if server.answers():
+            return
+        time.sleep(0.5)
 
 
 @pytest.fixture(params=["lab", "notebook"])
-def jupyter(request, tmp_path):
-    "A server of its own on 127.0.0.1, with its settings in a temporary folder: the application and the address of a notebook."
-    (tmp_path / "widgets.ipynb").write_text(notebook())
-    write_page(tmp_path / "play.html", load_weights("plane-labelled"), law_of("eight_gaussians"))
-    quiet = tmp_path / "JUPYTERLAB_SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings"     # no question about news over the page
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token, place = secrets.token_hex(16), {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-    command = [sys.executable, "-m", {"lab": "jupyterlab", "notebook": "notebook"}[request.param], "--no-browser", "--allow-root", "--expose-app-in-browser",
-               "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path}"]
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=os.environ | place | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(240):
-            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield request.param, f"http://127.0.0.1:{port}/{'lab/tree' if request.param == 'lab' else 'notebooks'}/widgets.ipynb?token={token}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+def jupyter(request, tmp_path) -> Iterator[Server]:
+    "A server of its own, with its settings in a temporary folder."
+    fill(tmp_path)
+    server = Server(request.param, tmp_path, free_port(), secrets.token_hex(16))
+    with running(server) as process:
+        wait_for(server, process)
+        yield server
+
+
+# ------------------------------------------------------------------------- the test
+def check_noise(seen: dict):
+    "The widget that lets one drag the noise answers mouse, keyboard and touch."
+    start = seen["start"]
+    dragged = seen["dragged"]
+    keyed = seen["keyed"]
+    touched = seen["touched"]
+    across, up = dragged["values"]
+    assert dragged["picture"] != start["picture"]
+    assert across > 0 > up, "the pointer went right of the middle and below it"
+    assert f"Noise ({across:.2f}, {up:.2f})" in dragged["words"]
+
+    assert keyed["picture"] != dragged["picture"]
+    assert keyed["values"][0] == pytest.approx(across + 0.15)
+    differs = "what the keyboard reaches differs from what the mouse reached"
+    assert seen["back"] == dragged, differs
+    moved = "the arrow keys of a slider moved to another cell"
+    assert seen["activeAfter"] == seen["activeBefore"], moved
+    assert seen["tabbed"] == "noise, second coordinate"
+
+    across, up = touched["values"]
+    assert across < 0 < up, "the finger touched left of the middle and above it"
+    values = f"'x': {across}, 'y': {up}"
+    assert values in seen["printed"], "the kernel holds other values than the page"
+
+
+def check_film(seen: dict):
+    "The widget that shows a training goes to its end and back."
+    assert seen["End"]["words"].startswith("After 6,000 of 6,000")
+    assert seen["Home"]["words"].startswith("After 0 of")
+    assert seen["End"]["picture"] != seen["Home"]["picture"]
+    assert "'frame': 0" in seen["printed"]
 
 
 def test_widgets_and_the_page_to_play_with_answer(jupyter):
-    application, url = jupyter
-    settings = {"url": url, "chromium": CHROMIUM, "lab": application == "lab", "shots": os.environ.get("SOFLOW_SHOTS", "")}
-    done = subprocess.run(["node", str(BROWSER / "drive.mjs"), json.dumps(settings)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout)
-    start, dragged, keyed, back, touched = (seen[name] for name in ("start", "dragged", "keyed", "back", "touched"))
-
-    assert dragged["picture"] != start["picture"] and dragged["values"][0] > 0 > dragged["values"][1], "the pointer went right of the middle and below it"
-    assert f"Noise ({dragged['values'][0]:.2f}, {dragged['values'][1]:.2f})" in dragged["words"]
-    assert keyed["picture"] != dragged["picture"] and keyed["values"][0] == pytest.approx(dragged["values"][0] + 0.15)
-    assert back == dragged, "what the keyboard reaches differs from what the mouse reached"
-    assert seen["activeAfter"] == seen["activeBefore"], "the arrow keys of a slider moved to another cell"
-    assert seen["tabbed"] == "noise, second coordinate"
-    assert touched["values"][0] < 0 < touched["values"][1], "the finger touched left of the middle and above it"
-    assert f"'x': {touched['values'][0]}, 'y': {touched['values'][1]}" in seen["printed"], "the kernel holds other values than the page"
-
-    assert seen["End"]["words"].startswith("After 6,000 of 6,000") and seen["Home"]["words"].startswith("After 0 of")
-    assert seen["End"]["picture"] != seen["Home"]["picture"] and "'frame': 0" in seen["printed"]
-    assert "learned map, one evaluation: (1.5" in seen["inside"], "the page of chapter play does not run inside the notebook"
-    if application == "lab":
-        assert seen["darkChanged"] and min(int(part) for part in seen["darkInk"].strip("rgba()").split(",")[:3]) > 180, "the ink does not follow the dark theme"
+    lab = jupyter.application == "lab"
+    seen = driven(
+        "drive.mjs",
+        url=jupyter.url,
+        chromium=CHROMIUM,
+        lab=lab,
+        shots=os.environ.get("SOFLOW_SHOTS", ""),
+    )
+    check_noise(seen)
+    check_film(seen)
+    runs = "learned map, one evaluation: (1.5" in seen["inside"]
+    assert runs, "the page of chapter play does not run inside the notebook"
+    if lab:
+        ink = seen["darkInk"].strip("rgba()").split(",")[:3]
+        assert seen["darkChanged"]
+        darkest = min(int(part) for part in ink)
+        assert darkest > 180, "the ink does not follow the dark theme"

@@ -22,6 +22,9 @@ for (const [look, options] of Object.entries(looks)) {
       overflow: document.documentElement.scrollWidth - window.innerWidth,
       maths: document.querySelectorAll("mjx-container").length,
       raw: [...document.querySelectorAll(".math")].filter(node => !node.querySelector("mjx-container")).length,
+      cut: [...document.querySelectorAll("div.math")].filter(node => node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).overflowX === "hidden").length,
+      wrong: [...document.querySelectorAll("[data-mjx-error]")].map(node => node.getAttribute("data-mjx-error")),
+      numbers: [...document.querySelectorAll("mjx-container [id^='mjx-eqn']")].map(node => node.id.slice(8)),
       ground: getComputedStyle(document.body).backgroundColor,
       ink: getComputedStyle(document.querySelector("article p, main p")).color,
       images: [...document.images].map(image => [image.alt, image.naturalWidth]),
@@ -30,7 +33,7 @@ for (const [look, options] of Object.entries(looks)) {
   }
   if (look === "wide-light") {
     await page.goto(`${folder}/search.html?q=semigroup`);
-    await page.waitForFunction(() => document.querySelectorAll("#search-results li a").length > 1);
+    await page.waitForFunction(() => /finished/.test(document.querySelector("#search-results .search-summary")?.textContent));
     seen.found = await page.locator("#search-results li a").evaluateAll(nodes => nodes.map(node => node.getAttribute("href")));
   }
 }
