@@ -107,30 +107,41 @@ def key_of(number: str) -> list[int]:
     return [int(part) if part.isdigit() else 99 for part in parts]
 
 
+def code_of(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+def module_code(symbol: str) -> str:
+    module = symbol.partition(".")[0]
+    return (ROOT / "soflow_edu" / f"{module}.py").read_text(encoding="utf-8")
+
+
 def faults(chapters: list[Path]) -> list[str]:
     "What does not fit between the chapters, the code and the list."
-    tagged = []
+    tagged: dict[str, Equation] = {}
     for path in chapters:
-        tagged += displayed(path)
-    numbers = {equation.number for equation in tagged}
+        tagged |= {equation.number: equation for equation in displayed(path)}
     rows = listed()
-    found = [f"{number} has no row in {LIST.name}" for number in numbers - rows.keys()]
-    found += [f"{number} stands in no chapter" for number in rows.keys() - numbers]
-    for number in numbers & rows.keys():
-        found += row_faults(number, rows[number])
+    missing = tagged.keys() - rows.keys()
+    lost = rows.keys() - tagged.keys()
+    found = [f"{number} has no row in {LIST.name}" for number in missing]
+    found += [f"{number} stands in no chapter" for number in lost]
+    for number in tagged.keys() & rows.keys():
+        found += row_faults(tagged[number], rows[number])
     return sorted(found)
 
 
-def row_faults(number: str, row: dict) -> list[str]:
+def row_faults(equation: Equation, row: dict) -> list[str]:
     "What is wrong with one row: symbols that do not exist, or code without the number."
     found = []
-    named = set()
+    named = named_in(code_of(equation.chapter))
     for symbol in row.get("symbols") or []:
-        module, _, name = symbol.partition(".")
-        code = (ROOT / "soflow_edu" / f"{module}.py").read_text(encoding="utf-8")
+        code = module_code(symbol)
         named |= named_in(code)
+        name = symbol.partition(".")[2]
         if not re.search(rf"^(?:class|def) {name}\b|^{name}\b", code, re.M):
-            found.append(f"{number}: {symbol} does not exist")
-    if row.get("symbols") and number not in named:
-        found.append(f"{number} is named beside no line of {row['symbols']}")
+            found.append(f"{equation.number}: {symbol} does not exist")
+    if equation.number not in named:
+        found.append(f"{equation.number} is named beside no line of code")
     return found

@@ -111,7 +111,7 @@ def sample(
     y: torch.Tensor | None = None,  # (B,) labels
     generator: torch.Generator | None = None,  # of re-noising
 ) -> torch.Tensor:  # (B, ...)
-    """Samples of a model from noise.
+    """Samples of a model from noise: in one step f(x1, 1, 0) (eq. sampling.1).
 
     Raises InputError for an unknown sampler or fewer than one step."""
     if not isinstance(steps, int) or steps < 1:
