@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock     # comes with torch
-from test_plane import PictureNetwork
+from helpers import PictureNetwork
 
 from soflow_edu.config import make_config
 from soflow_edu.core import InputError, build
