@@ -1,79 +1,102 @@
-"The package: metadata, imports, registry, wheel."
-import os
-import resource
+"The package: its metadata, what its imports cost, and its wheel."
+
 import statistics
-import subprocess
-import sys
 import zipfile
-from inspect import signature
 from configparser import ConfigParser
 from importlib.metadata import metadata, version
 from pathlib import Path
 
-from soflow_edu.config import CATALOGUE
-from soflow_edu.core import build, describe, find
+import pytest
 
-ROOT = Path(__file__).parent.parent
-PLANE = "config paths toys distributions odes flow_matching solution comparing consistency sampling training objectives guidance diagnosis widgets grading cli".split()
+import book
+import soflow_edu
+from helpers import ROOT, cpu_seconds, python
+
+MODULES = book.modules(ROOT)
+IMPORTS = "import " + ", ".join(f"soflow_edu.{name}" for name in MODULES)
+HEAVY = (
+    "sklearn",
+    "torchdiffeq",
+    "scipy",
+    "matplotlib",
+    "ipywidgets",
+    "anywidget",
+    "nbdev",
+    "fastcore",
+)
 
 
-def cpu_seconds(*arguments):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
+# ------------------------------------------------------------------------ metadata
 def test_metadata_comes_from_settings_ini():
     settings = ConfigParser(delimiters=["="], interpolation=None)
-    settings.read(ROOT / "settings.ini")
-    assert version("soflow_edu") == settings["DEFAULT"]["version"]
-    assert metadata("soflow_edu")["Summary"] == settings["DEFAULT"]["description"]
-    import soflow_edu
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    stated = settings["DEFAULT"]
+    assert version("soflow_edu") == stated["version"]
+    assert soflow_edu.__version__ == stated["version"]
+    assert metadata("soflow_edu")["Summary"] == stated["description"]
 
-    assert soflow_edu.__version__ == settings["DEFAULT"]["version"]
+
+# ------------------------------------------------------------------------ imports
+RUNS = {
+    "torch": ("-c", "import torch"),
+    "all modules": ("-c", IMPORTS),
+    "soflow --help": ("-m", "soflow_edu", "--help"),
+}
 
 
+@pytest.mark.slow
 def test_imports_cost_little_beside_torch():
-    "Medians of ratios of neighbours, in alternating runs: all modules of the plane, and `soflow --help`, beside torch."
-    runs = {"torch": ("-c", "import torch"), "plane": ("-c", "import " + ", ".join(f"soflow_edu.{name}" for name in PLANE)), "help": ("-m", "soflow_edu", "--help")}
-    times = {name: [] for name in runs}
+    "Medians of the ratios of neighbours, in runs that take turns."
+    ratios = {name: [] for name in RUNS}
     for _ in range(3):
-        for name, arguments in runs.items():
-            times[name].append(cpu_seconds(*arguments))
-    ratio = {name: statistics.median(own / torch for own, torch in zip(times[name], times["torch"])) for name in ("plane", "help")}
-    print(times, ratio)
-    assert max(ratio.values()) <= 1.3
+        seconds = {name: cpu_seconds(*words) for name, words in RUNS.items()}
+        for name in RUNS:
+            ratios[name].append(seconds[name] / seconds["torch"])
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    assert max(medians.values()) <= 1.3, medians
 
 
 def test_heavy_libraries_are_not_imported():
-    code = "import sys; import " + ", ".join(f"soflow_edu.{name}" for name in PLANE) + "; print([m for m in ('sklearn', 'torchdiffeq', 'scipy', 'matplotlib', 'ipywidgets', 'anywidget', 'nbdev', 'fastcore') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    found = f"[name for name in {HEAVY} if name in sys.modules]"
+    done = python("-c", f"import sys; {IMPORTS}; print({found})")
+    assert done.status == 0, done.said
+    assert done.out.strip() == "[]"
 
 
-def test_every_name_of_the_catalogue_exists():
-    for kind, names in CATALOGUE.items():
-        for name in names:
-            assert find(kind, name) is not None
-    for kind in ("path", "times", "coefficients", "schedule", "objective"):
-        for name in CATALOGUE[kind]:
-            if any(parameter.default is parameter.empty for parameter in signature(find(kind, name)).parameters.values()):
-                continue   # it needs something that only an experiment can give
-            made = build(kind, name)
-            assert describe(build(kind, describe(made))) == describe(made)
+# ------------------------------------------------------------------------ wheel
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "-q", "-w", folder)
+    done = python("-m", "pip", "wheel", ROOT, *options, folder=ROOT)
+    assert done.status == 0, done.said
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
 
 
-def test_wheel_works_outside_the_repository(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)], cwd=ROOT, check=True)
-    wheel, = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "soflow_edu/configs/plane.yaml" in names and {f"soflow_edu/{name}.py" for name in PLANE} <= set(names)
-    frames = [part for part in zipfile.ZipFile(wheel).infolist() if part.filename.startswith("soflow_edu/frames/")]
-    assert {"eight_gaussians.safetensors", "SHA256SUMS"} <= {Path(part.filename).name for part in frames} and sum(part.file_size for part in frames) < 1_000_000
+def test_the_wheel_holds_modules_and_configurations_and_no_tests(wheel):
+    names = wheel.namelist()
+    assert "soflow_edu/configs/plane.yaml" in names
+    assert {f"soflow_edu/{name}.py" for name in MODULES} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "nbs", "data"))]
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    where = subprocess.run([sys.executable, "-c", "import soflow_edu; print(soflow_edu.__file__)"], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-    assert str(tmp_path) in where
-    subprocess.run([sys.executable, "-m", "soflow_edu", "demo", "--seconds", "2"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+
+def test_the_wheel_holds_the_films_and_they_are_small(wheel):
+    folder = "soflow_edu/frames/"
+    frames = [part for part in wheel.infolist() if part.filename.startswith(folder)]
+    names = {Path(part.filename).name for part in frames}
+    assert {"eight_gaussians.safetensors", "SHA256SUMS"} <= names
+    assert sum(part.file_size for part in frames) < 1_000_000
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    where = "import soflow_edu; print(soflow_edu.__file__)"
+    done = python("-c", where, folder=tmp_path, PYTHONPATH=str(site))
+    assert done.status == 0 and str(site) in done.out, done.said
+    demo = ("-m", "soflow_edu", "demo", "--seconds", "2")
+    done = python(*demo, folder=tmp_path, PYTHONPATH=str(site))
+    assert done.status == 0, done.said
     assert (tmp_path / "runs/demo/figure.png").stat().st_size > 50_000

@@ -1,0 +1,48 @@
+"The rungs of the ladder, and what they refuse."
+
+import pytest
+
+from helpers import complaint
+from soflow_edu.config import load_config, make_config
+from soflow_edu.ladder import evaluate_run, rungs, train_run
+
+SOURCES = ("measured", "published", "estimated")
+
+
+def test_every_rung_says_its_hardware_and_its_minutes():
+    for rung in rungs().values():
+        assert rung.minutes > 0 and rung.hardware
+
+
+def test_the_ladder_goes_from_the_plane_to_the_published_run():
+    names = list(rungs())
+    assert set(names[:2]) == {"plane", "digits"}
+    assert names[-1] == "cifar10-published"
+
+
+def test_every_expectation_is_a_band_with_a_source():
+    for rung in rungs().values():
+        for expected in rung.expected:
+            assert expected.low < expected.high
+            assert expected.source in SOURCES
+
+
+def test_a_rung_holds_its_configuration():
+    assert rungs()["plane"].config == load_config("plane")
+
+
+@pytest.fixture(scope="module")
+def map_of_the_plane(tmp_path_factory):
+    config = make_config({"steps": 2, "batch": 8})
+    return train_run(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"steps": 4}, {"against": "digits"}, {"features": "digits"}, {"sampler": "jump"}],
+    ids=str,
+)
+def test_options_that_a_map_of_the_plane_has_no_use_for_are_refused(
+    map_of_the_plane, option
+):
+    assert "Leave out" in complaint(evaluate_run, map_of_the_plane, **option)
