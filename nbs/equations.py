@@ -85,7 +85,7 @@ def renumbered(text: str, numbers: dict[str, str]) -> str:
     def all_new(match: re.Match) -> str:
         return re.sub(NUMBER, new, match[0])
 
-    several = rf"{NUMBER}(?:(?:,? (?:and |to )?)\(?{NUMBER}\)?)*"
+    several = rf"{NUMBER}\)?(?:(?:,? (?:and |to )?)\(?{NUMBER}\)?)*"
     contexts = rf"\\+tag\{{{NUMBER}\}}|\b[Ee]q(?:uation)?s?\.? \(?{several}"
     return re.sub(contexts, all_new, text)
 

@@ -18,7 +18,6 @@ from soflow_edu.training import Step, assemble, finish, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = ROOT / "tests" / "parity"
-sys.path.insert(0, str(ROOT / "nbs"))  # for book and house
 
 
 @dataclass

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock  # comes with torch
-from test_plane import PictureNetwork
 
+from helpers import PictureNetwork
 from soflow_edu.config import make_config
 from soflow_edu.core import InputError, build, refusal
 from soflow_edu.diagnosis import (

@@ -6,11 +6,9 @@ from importlib import import_module
 
 import pytest
 
-from helpers import ROOT
-
-# isort: split
 import book
 import equations
+from helpers import ROOT
 
 CHAPTERS = [path for path in book.notebooks() if path.parent.name[0].isdigit()]
 ROWS = equations.listed()

@@ -3,7 +3,6 @@ And what its pages are made from."""
 
 import os
 import re
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -11,15 +10,11 @@ from importlib import import_module
 
 import pytest
 import yaml
-from test_browser import CHROMIUM, READY, driven
 
-from helpers import ROOT
-
-# isort: split
 import equations
-
-sys.path.insert(0, str(ROOT / "docs"))
 import pages  # noqa: E402
+from helpers import ROOT
+from test_browser import CHROMIUM, READY, driven
 
 SITE = ROOT / "docs" / "_build" / "site"
 CHAPTERS = [pages.place(path) for path in pages.chapters()]
