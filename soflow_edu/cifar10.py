@@ -674,7 +674,7 @@ class Warps:
 
     @property
     def matrix(self) -> torch.Tensor:  # (n, 2, 3)
-        "A and c, where the picture spans [-1, 1] (eq. cifar10.1)."
+        "A and c, where the picture spans [-1, 1] (eq. 2.4.1)."
         cos = self.angle.cos()
         sin = self.angle.sin()
         turn = torch.stack([cos, -sin, sin, cos], 1).unflatten(1, (2, 2))

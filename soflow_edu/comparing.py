@@ -36,7 +36,7 @@ def wasserstein(
     a: torch.Tensor,  # (n, ...)
     b: torch.Tensor,  # (n, ...)
 ) -> float:
-    """The exact W2 distance between two sets of equal size (eq. comparing.1).
+    """The exact W2 distance between two sets of equal size (eq. 1.7.1).
 
     It is the root of the mean square distance under the best pairing.
     Raises InputError for sets of different shapes."""

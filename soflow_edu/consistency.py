@@ -25,7 +25,7 @@ def towards(
 ) -> torch.Tensor:  # (B,)
     "The time l between t and s, and not below s by a rounding error."
     l = torch.maximum(t + (s - t) * r, s)
-    return torch.minimum(l, t - MIN_GAP)  # eq. consistency.3
+    return torch.minimum(l, t - MIN_GAP)  # eq. 1.8.3
 
 
 # %% ../nbs/1_plane/08_consistency.ipynb #6f6abb22
@@ -100,7 +100,7 @@ def surrogate(
     p: float,
     eps: float,
 ) -> torch.Tensor:  # a scalar
-    """The published surrogate of the consistency loss (eq. consistency.8): half its
+    """The published surrogate of the consistency loss (eq. 1.8.8): half its
     gradient, and no honest value (chapter *published*)."""
     w = adaptive_weight(q.pow(2).flatten(1).mean(1), p, eps)
     weighted = (q * expand(w, q)).detach()

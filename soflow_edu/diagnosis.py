@@ -406,7 +406,7 @@ class Formulas:
         da = expand(self.coefficients.da(t), x)
         db = self.db * expand(self.coefficients.db(t), x)
         F = (v - da * x) / db
-        return self.solution_from(F, x, t, s)  # eq. diagnosis.1
+        return self.solution_from(F, x, t, s)  # eq. 1.17.1
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #f2a8b572
@@ -526,7 +526,7 @@ def noise_end(view: View, probe: Probe) -> float:
     x = probe.x1
     other = probe.noise(6)
     change = view.velocity(x, 1.0, probe.y) - view.velocity(other, 1.0, probe.y)
-    gap = change - rate * (x - other)  # eq. diagnosis.3
+    gap = change - rate * (x - other)  # eq. 1.17.3
     return ratio(gap, scale * (x - other))
 
 
@@ -592,7 +592,7 @@ def velocity_error(view: View, probe: Probe) -> float:
 def one_round(posterior: Posterior, z, p: float = 1.0, eps: float = 0.01):  # (n, ...)
     "The mean of the conditional velocities, reweighted by their distance from z."
     log_w = -p * (posterior.squares(z) + eps).log()
-    return posterior.mean(posterior.logits + log_w)  # eq. diagnosis.4
+    return posterior.mean(posterior.logits + log_w)  # eq. 1.17.4
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #9a7d8556
@@ -610,7 +610,7 @@ def bend(f, straight, target) -> float:  # (B, ...) each
     "The share of the way from the straight step to the truth."
     done = (f - straight).double().flatten()
     due = (target - straight).double().flatten()
-    return (done @ due / (due @ due).clamp(min=1e-12)).item()  # eq. diagnosis.5
+    return (done @ due / (due @ due).clamp(min=1e-12)).item()  # eq. 1.17.5
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #24cd8777
@@ -627,7 +627,7 @@ def jumps(view: View, probe: Probe) -> dict[str, float]:
     for name in JUMP_LENGTHS:
         rows = probe.rows(name)
         way = target[rows] - x[rows]
-        found[name] = ratio(f[rows] - target[rows], way)  # eq. diagnosis.2
+        found[name] = ratio(f[rows] - target[rows], way)  # eq. 1.17.2
         found[f"bend_{name}"] = bend(f[rows], straight[rows], target[rows])
     both = probe.rows("middle", "long")
     past = (f - straight)[both]

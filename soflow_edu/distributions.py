@@ -185,7 +185,7 @@ class Distribution(PosteriorLaw):
         m0, score, _ = self.posterior(x, t, path, y)
         b = path.beta(expand(like(t, x), x))
         if y is None or (isinstance(w, float | int) and w == 1):
-            return m0, -b * score  # eq. distributions.2
+            return m0, -b * score  # eq. 1.3.2
         w = expand(like(w, x), x)
         all_m0, all_score, _ = self.posterior(x, t, path)
         m0 = all_m0 + w * (m0 - all_m0)
@@ -203,7 +203,7 @@ class Distribution(PosteriorLaw):
         "The marginal velocity, guided by w if labels are given."
         m0, m1 = self.guided_moments(x, t, path, y, w)
         t = expand(like(t, x), x)
-        return path.dalpha(t) * m0 + path.dbeta(t) * m1  # eq. distributions.1
+        return path.dalpha(t) * m0 + path.dbeta(t) * m1  # eq. 1.3.1
 
     def posterior_mean(
         self, x: torch.Tensor, t, path: Path, y: torch.Tensor | None = None
@@ -263,7 +263,7 @@ def component_logits(
     S: torch.Tensor,  # (B, K, D) variances
     weights: torch.Tensor,  # (K,)
 ) -> torch.Tensor:  # (B, K)
-    "log w_k N(x; alpha mu_k, S_k): the logits of eq. distributions.4."
+    "log w_k N(x; alpha mu_k, S_k): the logits of eq. 1.3.4."
     minus_two_log_normal = ((2 * torch.pi * S).log() + gap**2 / S).sum(2)
     return weights.log() - 0.5 * minus_two_log_normal
 
@@ -310,8 +310,8 @@ def mixture_posterior(
     logits = of_class(component_logits(gap, S, weights), labels, y)  # (B, K)
     if y is not None:
         logits = logits - log_class_weight(weights, labels, y)
-    pi = logits.softmax(1)[..., None]  # eq. distributions.4
-    m0 = (pi * (means + a * stds**2 / S * gap)).sum(1)  # eq. distributions.3
+    pi = logits.softmax(1)[..., None]  # eq. 1.3.4
+    m0 = (pi * (means + a * stds**2 / S * gap)).sum(1)  # eq. 1.3.3
     score = -(pi / S * gap).sum(1)
     return m0, score, logits.logsumexp(1)
 
@@ -394,7 +394,7 @@ def query_rows(
     a: torch.Tensor,  # (B, 1) alpha(t)
     b: torch.Tensor,  # (B, 1) beta(t)
 ) -> torch.Tensor:  # (B, D + 2)
-    "The queries' factor of the logits (eq. distributions.5)."
+    "The queries' factor of the logits (eq. 1.3.5)."
     return torch.cat([a / b**2 * x, -0.5 * (a / b) ** 2, torch.ones_like(a)], 1)
 
 
@@ -403,7 +403,7 @@ def point_rows(
     mu: torch.Tensor,  # (K, D)
     weights: torch.Tensor,  # (K, 1)
 ) -> torch.Tensor:  # (K, D + 2)
-    "The points' factor of the logits (eq. distributions.5)."
+    "The points' factor of the logits (eq. 1.3.5)."
     return torch.cat([mu, (mu**2).sum(1, True), weights.log()], 1)
 
 
@@ -529,7 +529,7 @@ class FiniteSet(Distribution):
             self.chunk,
         )
         m0 = running.mean()
-        score = (a * m0 - rows) / b**2  # -m1 / b, eq. distributions.6
+        score = (a * m0 - rows) / b**2  # -m1 / b, eq. 1.3.6
         share = (
             1.0 if y is None else class_weight(self.weights.to(rows), self.labels, y)
         )

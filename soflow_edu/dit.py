@@ -169,7 +169,7 @@ def modulation(width: int, count: int) -> nn.Sequential:
 
 # %% ../nbs/3_imagenet/01_dit.ipynb #6c050e71
 class TransformerBlock(nn.Module):
-    "Attention and an MLP, each behind an adaptive layer norm and a gate (eq. dit.1)."
+    "Attention and an MLP, each behind an adaptive layer norm and a gate (eq. 3.1.1)."
 
     def __init__(
         self,

@@ -210,7 +210,7 @@ def adaptive_weight(
 ) -> torch.Tensor:  # (B,)
     """The adaptive weight of both losses, without gradient (SoFlow, section 4).
 
-    w = 1 / (error + eps)^p (eq. flow_matching.1)."""
+    w = 1 / (error + eps)^p (eq. 1.5.1)."""
     return (error.detach() + eps) ** -p
 
 
@@ -218,7 +218,7 @@ def adaptive_weight(
 @register("objective", "flow_matching")
 @dataclass
 class FlowMatching:
-    "Regression of the conditional velocity (eq. flow_matching.2)."
+    "Regression of the conditional velocity (eq. 1.5.2)."
 
     learns: ClassVar[str] = "velocity"  # "map" or "velocity"
     times: Any = "uniform"  # law of t: a name, a description or an object
@@ -250,5 +250,5 @@ class FlowMatching:
         answer = model.velocity(xt, draws.t, batch.y, **batch.extras)
         error = mse(answer, v)
         w = adaptive_weight(error, self.p, self.eps)
-        value = (w * error).mean()  # eq. flow_matching.2
+        value = (w * error).mean()  # eq. 1.5.2
         return Loss(value, {"velocity_mse": error.mean().detach()})

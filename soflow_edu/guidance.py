@@ -37,11 +37,11 @@ class GuidanceScale:
             raise InputError(message)
 
     def kappa(self, t: torch.Tensor) -> torch.Tensor:  # (B,) -> (B,)
-        "The share of the exaggeration that is left at t (eq. guidance.1)."
+        "The share of the exaggeration that is left at t (eq. 1.15.1)."
         if self.decay == 1:
             return torch.ones_like(t)
         tau = ((1 - t) / (1 - self.decay)).clamp(0, 1 - 1e-6)
-        falling = 1 - torch.exp(-tau / (1 - tau) / 40)  # eq. guidance.1
+        falling = 1 - torch.exp(-tau / (1 - tau) / 40)  # eq. 1.15.1
         return torch.where(t <= self.decay, 1.0, falling)
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:  # (B,) -> (B,)
@@ -89,9 +89,9 @@ def exaggerated(
     scale: GuidanceScale,
     t: torch.Tensor,  # (n,)
 ) -> torch.Tensor:  # (n, ...)
-    "What makes the class different, kappa (w - 1) times more (eq. guidance.2)."
+    "What makes the class different, kappa (w - 1) times more (eq. 1.15.2)."
     kappa = expand(scale.kappa(t), v)
-    return v + kappa * (scale.w - 1) * (v - uncond)  # the bracket of eq. guidance.2
+    return v + kappa * (scale.w - 1) * (v - uncond)  # the bracket of eq. 1.15.2
 
 
 # %% ../nbs/1_plane/15_guidance.ipynb #05083330
@@ -150,5 +150,5 @@ class Guided:
         mix = m * exaggerated(v, uncond, self.scale, rows.t)
         if m < 1:
             assert pred is not None
-            mix = mix + (1 - m) * pred  # eq. guidance.2
+            mix = mix + (1 - m) * pred  # eq. 1.15.2
         return torch.where(expand(hidden, v), v, mix)

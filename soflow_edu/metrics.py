@@ -513,7 +513,7 @@ def frechet(
     a: FeatureTable | Moments,  # features (N, D), or their moments
     b: FeatureTable | Moments,  # (M, D)
 ) -> float:  # 0 for equal moments
-    """The Fréchet distance: W2 squared between two Gaussians (eq. metrics.1).
+    """The Fréchet distance: W2 squared between two Gaussians (eq. 2.3.1).
 
     Raises InputError for too few rows, or features of different length."""
     a = moments(a)
@@ -534,7 +534,7 @@ def frechet_bias(
 ) -> float:
     """What the Fréchet distance of two sets of one law is on average.
 
-    To first order (eq. metrics.2)."""
+    To first order (eq. 2.3.2)."""
     values = torch.linalg.eigvalsh(cov.double()).clamp(min=1e-300)
     pairs = values[:, None] * values / (values[:, None] + values)
     c = (1.25 * values.sum() + pairs.sum() / 2).item()
@@ -567,7 +567,7 @@ def mmd2(
     wa: torch.Tensor | None = None,  # (R, N) weights; all one, R = 1, if not given
     wb: torch.Tensor | None = None,  # (R, M)
 ) -> torch.Tensor:  # (R,)
-    """The squared maximum mean discrepancy of the cubic kernel (eq. metrics.3).
+    """The squared maximum mean discrepancy of the cubic kernel (eq. 2.3.3).
 
     It has no bias. Bińkowski et al., 2018."""
     a = as_features(a)

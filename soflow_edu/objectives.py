@@ -80,7 +80,7 @@ def derivative_along(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # F and df/dt along v, (n, ...) each
     """F(x_t, t, s), with gradient, and the derivative of f(x, t, s) along the velocity.
 
-    Both come from one pass of forward-mode differentiation (eq. objectives.1)."""
+    Both come from one pass of forward-mode differentiation (eq. 1.13.1)."""
 
     def map_and_output(x, t):
         F = model.F(x, t, rows.s, rows.y, **rows.extras)
@@ -121,7 +121,7 @@ class MeanFlow(SoFlow):
         with torch.no_grad():
             v = self.step(model, rows)
         F, q = self.derivative(model, rows, v)
-        error = mse(F, (F + q).detach())  # eq. objectives.2
+        error = mse(F, (F + q).detach())  # eq. 1.13.2
         adaptive = adaptive_weight(error, self.p, self.eps)
         return RowLoss(adaptive * error, error)
 

@@ -137,7 +137,7 @@ class Guarded:
         u: torch.Tensor,  # a scalar
         x: torch.Tensor,  # (B, ...)
     ) -> torch.Tensor:  # (B, ...)
-        """dX/du (eq. odes.2).
+        """dX/du (eq. 1.4.2).
 
         Raises IntegrationError at values that are not finite, or beyond the limit."""
         self.evaluations += 1
@@ -187,7 +187,7 @@ def integrate(
     steps: int | None = None,  # of the other methods
     record: int = 2,  # states that dopri5 keeps; the other methods keep each step
 ) -> Integral:
-    """Follows the velocity from time t to time s (eq. odes.1).
+    """Follows the velocity from time t to time s (eq. 1.4.1).
 
     Raises InputError for bad input, IntegrationError if it cannot be solved."""
     from torchdiffeq import odeint
@@ -274,7 +274,7 @@ class ExactFlow(ExactVelocity):
         s: torch.Tensor,  # (B,) ends
         y: torch.Tensor | None,
     ) -> torch.Tensor:  # (B, ...), z itself where s >= t
-        "The rest of the way, on which posterior means are constant (eq. odes.3)."
+        "The rest of the way, on which posterior means are constant (eq. 1.4.3)."
         scale = self.w(t)
         m0, m1 = self.distribution.guided_moments(
             z, t.clamp(min=1e-9), self.path, y, scale

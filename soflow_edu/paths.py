@@ -88,8 +88,8 @@ class Interpolant:
         Raises InputError for shapes that differ."""
         check_pairs(x0, x1, t)
         t = expand(t, x0)
-        xt = self.alpha(t) * x0 + self.beta(t) * x1  # eq. paths.1
-        v = self.dalpha(t) * x0 + self.dbeta(t) * x1  # eq. paths.2
+        xt = self.alpha(t) * x0 + self.beta(t) * x1  # eq. 1.1.1
+        v = self.dalpha(t) * x0 + self.dbeta(t) * x1  # eq. 1.1.2
         return xt, v
 
 

@@ -29,7 +29,7 @@ def along(
     x: torch.Tensor,  # (B, ...) noise
     times: list[float],  # falling from 1 to 0
 ) -> torch.Tensor:  # (B, ...)
-    "Jumps from each time to the next (eq. sampling.2)."
+    "Jumps from each time to the next (eq. 1.10.2)."
     for t, s in pairwise(times):
         x = f(x, t, s)
     return x
@@ -44,13 +44,13 @@ def jump(
     path: Path,  # of re-noising only
     generator: torch.Generator | None = None,  # of re-noising only
 ) -> torch.Tensor:  # (B, ...)
-    "N equal jumps along the trajectory (eq. sampling.2)."
+    "N equal jumps along the trajectory (eq. 1.10.2)."
     return along(f, x, equal_times(steps))
 
 
 # %% ../nbs/1_plane/10_sampling.ipynb #bca8042e
 def shifted_times(steps: int, shift: float) -> list[float]:
-    "Equal times, shifted towards the noise (eq. sampling.3)."
+    "Equal times, shifted towards the noise (eq. 1.10.3)."
     return [shift * t / (1 + (shift - 1) * t) for t in equal_times(steps)]
 
 
@@ -66,7 +66,7 @@ def shifted_jump(
 ) -> torch.Tensor:  # (B, ...)
     """N jumps along the trajectory with longer and longer steps.
 
-    Their times are those of Esser et al. 2024, equation 23 (eq. sampling.3)."""
+    Their times are those of Esser et al. 2024, equation 23 (eq. 1.10.3)."""
     return along(f, x, shifted_times(steps, shift))
 
 
@@ -91,7 +91,7 @@ def renoise(
     path: Path,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:  # (B, ...)
-    """N times to the data, and back with fresh noise in between (eq. sampling.4).
+    """N times to the data, and back with fresh noise in between (eq. 1.10.4).
 
     It is the sampler of SoFlow, section 5."""
     for t, s in pairwise(equal_times(steps)):
@@ -111,7 +111,7 @@ def sample(
     y: torch.Tensor | None = None,  # (B,) labels
     generator: torch.Generator | None = None,  # of re-noising
 ) -> torch.Tensor:  # (B, ...)
-    """Samples of a model from noise: in one step f(x1, 1, 0) (eq. sampling.1).
+    """Samples of a model from noise: in one step f(x1, 1, 0) (eq. 1.10.1).
 
     Raises InputError for an unknown sampler or fewer than one step."""
     if not isinstance(steps, int) or steps < 1:

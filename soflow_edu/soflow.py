@@ -101,7 +101,7 @@ def difference_quotient(
         b(l, s) / gap,
     ]
     of_x, of_v, of_F, of_change = [expand(part.to(xt), xt) for part in parts]
-    return of_x * xt + of_v * v + of_F * Ft + of_change * (Ft - Fl)  # eq. soflow.1
+    return of_x * xt + of_v * v + of_F * Ft + of_change * (Ft - Fl)  # eq. 1.9.1
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #f16f7031
@@ -156,7 +156,7 @@ def posterior_logits(
     y: torch.Tensor | None = None,  # (n,) labels of xt
     labels: torch.Tensor | None = None,  # (N,) labels of the candidates
 ) -> torch.Tensor:  # (n, N)
-    "Logits of the probability that each candidate led to x_t (eq. soflow.2)."
+    "Logits of the probability that each candidate led to x_t (eq. 1.9.2)."
     alpha = path.alpha(t)[:, None]
     beta = path.beta(t)[:, None].clamp(min=MIN_GAP)
     data = x0.flatten(1)
@@ -177,7 +177,7 @@ def velocity_given(
     beta = expand(path.beta(t).clamp(min=MIN_GAP), xt)
     dalpha = expand(path.dalpha(t), xt)
     dbeta = expand(path.dbeta(t), xt)
-    return dalpha * x0 + dbeta * (xt - alpha * x0) / beta  # eq. soflow.3
+    return dalpha * x0 + dbeta * (xt - alpha * x0) / beta  # eq. 1.9.3
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #e5b5c6e9
@@ -189,7 +189,7 @@ def batch_velocity(
     y: torch.Tensor | None = None,  # (n,) labels of xt
     labels: torch.Tensor | None = None,  # (N,) labels of the candidates
 ) -> torch.Tensor:  # (n, ...)
-    "The mean conditional velocity over all candidates (eq. soflow.3)."
+    "The mean conditional velocity over all candidates (eq. 1.9.3)."
     pi = posterior_logits(path, xt, t, x0, y, labels).softmax(1)
     mean = (pi @ x0.flatten(1)).view_as(xt)
     return velocity_given(path, xt, t, mean)
@@ -238,7 +238,7 @@ def output_ahead(
     a = expand(model.coefficients.a(l, s), xl)
     b = expand(model.coefficients.b(l, s), xl)
     no_way_to_go = b.abs() < MIN_GAP  # F does not count there
-    return (x - a * xl) / torch.where(no_way_to_go, torch.inf, b)  # eq. soflow.4
+    return (x - a * xl) / torch.where(no_way_to_go, torch.inf, b)  # eq. 1.9.4
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #c8ae3471
@@ -379,7 +379,7 @@ def total(
         if len(part.error):
             value = value.to(part.weighted) + share * part.weighted.mean()
             stats[name] = part.error.detach().mean()
-    return Loss(value, stats)  # eq. soflow.5
+    return Loss(value, stats)  # eq. 1.9.5
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #734e3e78
@@ -396,7 +396,7 @@ class Weighing(Drawing):
         error = mse(own, target)
         adaptive = adaptive_weight(error, self.p, self.eps)
         scale = model.coefficients.db(rows.t).abs()
-        return RowLoss(adaptive * error / scale, error)  # eq. soflow.6
+        return RowLoss(adaptive * error / scale, error)  # eq. 1.9.6
 
     def solution_loss(
         self, model: SolutionModel, rows: Rows, F, v, F_ahead
@@ -472,7 +472,7 @@ class Semigroup(SoFlow):
         return share / self.jumps
 
     def weight(self, gap, b):
-        return (gap / b) ** 2  # eq. soflow.7
+        return (gap / b) ** 2  # eq. 1.9.7
 
     def step(self, model, rows):
         "The velocity of the model's own jump from t to l."

@@ -24,7 +24,7 @@ from .protocols import Path
 @register("coefficients", "euler")
 @dataclass(frozen=True)
 class EulerCoefficients:
-    """a = 1, b = s - t (eq. solution.2): F is the average velocity.
+    """a = 1, b = s - t (eq. 1.6.2): F is the average velocity.
 
     da and db are the derivatives along s at s = t."""
 
@@ -45,7 +45,7 @@ class EulerCoefficients:
 @register("coefficients", "trigonometric")
 @dataclass(frozen=True)
 class TrigCoefficients:
-    """a = cos(pi/2 (s - t)), b = sin(pi/2 (s - t)) (eq. solution.3).
+    """a = cos(pi/2 (s - t)), b = sin(pi/2 (s - t)) (eq. 1.6.3).
 
     da and db are the derivatives along s at s = t."""
 
@@ -66,7 +66,7 @@ class TrigCoefficients:
 @register("coefficients", "data")
 @dataclass(frozen=True)
 class DataCoefficients:
-    """a = (s + delta) / (t + delta), b = (t - s) / (t + delta) (eq. solution.4).
+    """a = (s + delta) / (t + delta), b = (t - s) / (t + delta) (eq. 1.6.4).
 
     F is where the straight line from x through f is at time -delta.
     Raises InputError unless delta > 0."""
@@ -107,7 +107,7 @@ class ReadOut(nn.Module):
         t: torch.Tensor,  # (B,)
         s: torch.Tensor,  # (B,)
     ) -> torch.Tensor:  # (B, ...)
-        "f = a x + b F (eq. solution.1)."
+        "f = a x + b F (eq. 1.6.1)."
         a = self.coefficients.a(t, s)
         b = self.coefficients.b(t, s)
         return expand(a, x) * x + expand(b, x) * F
@@ -118,7 +118,7 @@ class ReadOut(nn.Module):
         x: torch.Tensor,  # (B, ...)
         t: torch.Tensor,  # (B,)
     ) -> torch.Tensor:  # (B, ...)
-        "v = da x + db F (eq. solution.5)."
+        "v = da x + db F (eq. 1.6.5)."
         da = self.coefficients.da(t)
         db = self.coefficients.db(t)
         return expand(da, x) * x + expand(db, x) * F
@@ -224,7 +224,7 @@ class SolutionModel(ReadOut):
         y: torch.Tensor | None = None,
         **extras: torch.Tensor,
     ) -> torch.Tensor:  # (B, ...)
-        "Where points at time t are at time s (eq. solution.1)."
+        "Where points at time t are at time s (eq. 1.6.1)."
         t, s = check_span(x, t, s)
         F = self.F(x, t, s, y, **extras)
         return self.solution_from(F, x, t, s)
@@ -236,7 +236,7 @@ class SolutionModel(ReadOut):
         y: torch.Tensor | None = None,
         **extras: torch.Tensor,
     ) -> torch.Tensor:  # (B, ...)
-        "The velocity read-out (eq. solution.5)."
+        "The velocity read-out (eq. 1.6.5)."
         t, _ = check_span(x, t, t)
         F = self.F(x, t, t, y, **extras)
         return self.velocity_from(F, x, t)

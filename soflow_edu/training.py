@@ -129,7 +129,7 @@ def average(
     decay: float,
 ):
     "Moves the averaged tensors towards those of the model, in place."
-    rate = 1 - min(decay, (1 + step) / (10 + step))  # eq. training.1
+    rate = 1 - min(decay, (1 + step) / (10 + step))  # eq. 1.12.1
     averages = []
     values = []
     for name, value in model.state_dict().items():

@@ -190,7 +190,7 @@ class ResidualBlock(nn.Module):
         x: torch.Tensor,  # (B, inputs, H, W)
         e: torch.Tensor,  # (B, embedding)
     ) -> torch.Tensor:  # (B, outputs, H, W), or half or double H and W
-        "The block (eq. unet.1)."
+        "The block (eq. 2.2.1)."
         h = self.conv0(functional.silu(self.norm0(x)))
         h = h + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(functional.silu(self.norm1(h))))

@@ -25,7 +25,7 @@ FILTER = torch.kron(ONE_AXIS, ONE_AXIS)  # (16, 9)
 def filter_transform(
     weight: torch.Tensor,  # (O, C, 3, 3)
 ) -> torch.Tensor:  # (16, O, C)
-    "G g G^T for each pair of channels (eq. winograd.2)."
+    "G g G^T for each pair of channels (eq. 2.7.2)."
     filters = FILTER @ weight.reshape(-1, 9).T
     return filters.view(16, *weight.shape[:2])
 
@@ -60,7 +60,7 @@ def input_transform(
     axis: int,
     out: torch.Tensor,  # (4, ...), k numbers along the axis
 ) -> None:
-    "B^T d along one axis: d0 - d2, d1 + d2, d2 - d1, d1 - d3 (eq. winograd.1)."
+    "B^T d along one axis: d0 - d2, d1 + d2, d2 - d1, d1 - d3 (eq. 2.7.1)."
     d0, d1, d2, d3 = x.unfold(axis, 4, 2).unbind(-1)
     torch.sub(d0, d2, out=out[0])
     torch.add(d1, d2, out=out[1])
@@ -71,7 +71,7 @@ def input_transform(
 def input_tiles(
     x: torch.Tensor,  # (n, H, W, C)
 ) -> torch.Tensor:  # (16, n H W / 4, C)
-    "B^T d B for all tiles, zeros outside the picture (eq. winograd.2)."
+    "B^T d B for all tiles, zeros outside the picture (eq. 2.7.2)."
     n, H, W, C = x.shape
     padded = scratch("padded", n, H + 2, W + 2, C)
     padded[:, :: H + 1] = 0
@@ -90,7 +90,7 @@ def output_transform(
     first: torch.Tensor,  # (...) is written
     second: torch.Tensor,  # (...) is written
 ) -> None:
-    "A^T m along one axis: m0 + m1 + m2 and m1 - m2 - m3 (eq. winograd.1)."
+    "A^T m along one axis: m0 + m1 + m2 and m1 - m2 - m3 (eq. 2.7.1)."
     torch.add(m[0], m[1], out=first).add_(m[2])
     torch.sub(m[1], m[2], out=second).sub_(m[3])
 
@@ -99,7 +99,7 @@ def output_pixels(
     products: torch.Tensor,  # (16, n H W / 4, C)
     out: torch.Tensor,  # (n, H, W, C) is written
 ) -> None:
-    "A^T m A for all tiles, at the places of their pixels (eq. winograd.2)."
+    "A^T m A for all tiles, at the places of their pixels (eq. 2.7.2)."
     n, H, W, C = out.shape
     tiles = products.view(4, 4, n, H // 2, W // 2, C)
     rows = scratch("rows", 2, 4, n, H // 2, W // 2, C)
@@ -163,7 +163,7 @@ def winograd(
     x: torch.Tensor,  # (B, H, W, C) float32 on a CPU, H and W even
     weight: torch.Tensor,  # (O, C, 3, 3)
 ) -> torch.Tensor:  # (B, H, W, O)
-    """The 3 x 3 convolution with padding 1, channels on the last axis (eq. winograd.2).
+    """The 3 x 3 convolution with padding 1, channels on the last axis (eq. 2.7.2).
 
     It takes four ninths of the multiplications (Lavin and Gray, arXiv 1509.09308)."""
     y = x.new_empty(*x.shape[:3], len(weight))
