@@ -1,4 +1,5 @@
 """Reads every piece of package metadata from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,7 +15,18 @@ def lines(key):
     return [line.strip() for line in meta.get(key, "").splitlines() if line.strip()]
 
 
-extras = {key.removesuffix("_requirements"): lines(key) for key in meta if key.endswith("_requirements")}
+extras = {}
+for key in meta:
+    if key.endswith("_requirements"):
+        extras[key.removesuffix("_requirements")] = lines(key)
+files = [
+    "py.typed",
+    "catalogue.json",
+    "configs/*.yaml",
+    "frames/*.safetensors",
+    "frames/SHA256SUMS",
+    "page/*",
+]
 setup(
     name=meta["lib_name"],
     version=meta["version"],
@@ -27,7 +39,7 @@ setup(
     keywords=meta["keywords"].split(),
     url=meta["git_url"] or None,
     packages=find_packages(include=["soflow_edu", "soflow_edu.*"]),
-    package_data={"soflow_edu": ["py.typed", "catalogue.json", "configs/*.yaml", "frames/*.safetensors", "frames/SHA256SUMS", "page/*"]},
+    package_data={"soflow_edu": files},
     install_requires=lines("requirements"),
     extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts")},

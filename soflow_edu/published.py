@@ -21,7 +21,14 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, choose_device, fresh_folder, read_text, read_yaml, replacing
+from .config import (
+    Config,
+    choose_device,
+    fresh_folder,
+    read_text,
+    read_yaml,
+    replacing,
+)
 from .core import InputError, build, describe, register, unknown
 from .consistency import surrogate, towards
 from .soflow import Rows, SoFlow, output_ahead
@@ -35,457 +42,1111 @@ from .solution import SolutionModel
 from .training import Run, fit, generator_of, save_run, trained
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ce867e90
-KEYS = {"noising_type": "path", "coefficient_type": "coefficients", "model_type": "network, data, optimiser", "dataset_path": "path of the latents", "dataset_type": "must suit model_type", "data_size": "must suit model_type",
-        "velocity_loss_ratio": "lam", "p": "p", "eps": "eps", "time_mean": "times", "time_std": "times", "cfg_scale": "w of the target", "mix_ratio": "m of the target", "cfg_drop_rate": "drop of the target",
-        "cfg_decay_time": "decay of the target", "l_schedule": "schedule", "l_init_ratio": "r_init", "l_end_ratio": "r_end", "total_steps": "steps", "ema_decay_rate": "ema", "optimizer": "optimiser", "learning_rate": "learning_rate",
-        "betas": "betas", "weight_decay": "weight_decay", "batch_size": "batch", "ckpt_saving_steps": "checkpoint_every", "logging_steps": "log_every", "seed": "seed"}
-UNUSED = ("working_dir", "num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_NFE", "eval_demo_steps", "eval_demo_shape")   # no meaning here: where to write, how to load, what to show meanwhile
+KEYS = {
+    "noising_type": "path",
+    "coefficient_type": "coefficients",
+    "model_type": "network, data, optimiser",
+    "dataset_path": "path of the latents",
+    "dataset_type": "must suit model_type",
+    "data_size": "must suit model_type",
+    "velocity_loss_ratio": "lam",
+    "p": "p",
+    "eps": "eps",
+    "time_mean": "times",
+    "time_std": "times",
+    "cfg_scale": "w of the target",
+    "mix_ratio": "m of the target",
+    "cfg_drop_rate": "drop of the target",
+    "cfg_decay_time": "decay of the target",
+    "l_schedule": "schedule",
+    "l_init_ratio": "r_init",
+    "l_end_ratio": "r_end",
+    "total_steps": "steps",
+    "ema_decay_rate": "ema",
+    "optimizer": "optimiser",
+    "learning_rate": "learning_rate",
+    "betas": "betas",
+    "weight_decay": "weight_decay",
+    "batch_size": "batch",
+    "ckpt_saving_steps": "checkpoint_every",
+    "logging_steps": "log_every",
+    "seed": "seed",
+}
+UNUSED = (
+    "working_dir",
+    "num_workers",
+    "prefetch_factor",
+    "eval_steps",
+    "eval_batch_size",
+    "eval_NFE",
+    "eval_demo_steps",
+    "eval_demo_shape",
+)  # no meaning here: where to write, how to load, what to show meanwhile
 
 # %% ../nbs/3_imagenet/04_published.ipynb #374c7015
-PATHS = {"Linear": "linear", "Trig": "trigonometric", "Triangular": "trigonometric"}        # the comments of the published files say Triangular
-COEFFICIENTS = {"Euler": "euler", "Trig": "trigonometric", "Triangular": "trigonometric"}
-SCHEDULES = {"Const": "constant", "Linear": "linear", "Cosine": "cosine", "Exponent": "exponential"}
+PATHS = {
+    "Linear": "linear",
+    "Trig": "trigonometric",
+    "Triangular": "trigonometric",
+}  # the comments of the published files say Triangular
+COEFFICIENTS = {
+    "Euler": "euler",
+    "Trig": "trigonometric",
+    "Triangular": "trigonometric",
+}
+SCHEDULES = {
+    "Const": "constant",
+    "Linear": "linear",
+    "Cosine": "cosine",
+    "Exponent": "exponential",
+}
 OPTIMISERS = {"AdamW": "adamw", "RAdam": "radam"}
-NETWORKS = {"UNet": {"name": "unet"}} | {f"DiT-{size}": {"name": "dit", "model": size.replace("-", "/")} for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")}
-NEEDED = ("noising_type", "coefficient_type", "model_type", "velocity_loss_ratio", "p", "eps", "time_mean", "time_std", "l_schedule", "l_end_ratio", "total_steps", "ema_decay_rate", "learning_rate", "betas", "batch_size")
+NETWORKS = {"UNet": {"name": "unet"}} | {
+    f"DiT-{size}": {"name": "dit", "model": size.replace("-", "/")}
+    for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")
+}
+NEEDED = (
+    "noising_type",
+    "coefficient_type",
+    "model_type",
+    "velocity_loss_ratio",
+    "p",
+    "eps",
+    "time_mean",
+    "time_std",
+    "l_schedule",
+    "l_end_ratio",
+    "total_steps",
+    "ema_decay_rate",
+    "learning_rate",
+    "betas",
+    "batch_size",
+)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #45d86c17
 def number(content: dict, key: str, low: float = -math.inf) -> float:
     "A number, also when it is written as a string. Raises InputError if it is none, or below `low`."
     value = content[key]
-    try: found = math.nan if isinstance(value, bool) else float(Fraction(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError, ZeroDivisionError): found = math.nan
-    if not low <= found < math.inf: raise InputError(f"{key} is {value!r}, but must be a number{'' if low == -math.inf else f' of at least {low:g}'}.")
+    try:
+        found = (
+            math.nan
+            if isinstance(value, bool)
+            else float(Fraction(value) if isinstance(value, str) else value)
+        )
+    except (TypeError, ValueError, ZeroDivisionError):
+        found = math.nan
+    if not low <= found < math.inf:
+        raise InputError(
+            f"{key} is {value!r}, but must be a number{'' if low == -math.inf else f' of at least {low:g}'}."
+        )
     return found
 
 # %% ../nbs/3_imagenet/04_published.ipynb #2d19e34e
 def whole(content: dict, key: str, low: int = 0) -> int:
     "A whole number, also when it is written as 4e5. Raises InputError if it is none, or below `low`."
-    if (found := number(content, key, low)) != int(found): raise InputError(f"{key} is {content[key]!r}, but must be a whole number.")
+    if (found := number(content, key, low)) != int(found):
+        raise InputError(f"{key} is {content[key]!r}, but must be a whole number.")
     return int(found)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #b215aea1
 def several(content: dict, key: str, count: int) -> list:
     "A list of so many numbers, also when it is written as a string such as (0.9, 0.99). Raises InputError if it is none."
     value = content[key]
-    parts = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
-    if not isinstance(parts, list) or len(parts) != count: raise InputError(f"{key} is {value!r}, but must be a list of {count} numbers.")
+    parts = (
+        re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
+    )
+    if not isinstance(parts, list) or len(parts) != count:
+        raise InputError(f"{key} is {value!r}, but must be a list of {count} numbers.")
     return [number({key: part}, key) for part in parts]
 
 # %% ../nbs/3_imagenet/04_published.ipynb #325f430b
 def choice(content: dict, key: str, table: dict):
     "What a table says of a name. Raises InputError, with the nearest name, for one that it does not hold."
-    if content[key] not in list(table): raise unknown(key, content[key], table)
+    if content[key] not in list(table):
+        raise unknown(key, content[key], table)
     return table[content[key]]
 
 # %% ../nbs/3_imagenet/04_published.ipynb #c4776118
 def objective_of(content: dict) -> dict:
     "The description of the objective. Raises InputError for values that it does not allow."
-    velocity, s, t = (list(law) for law in zip(several(content, "time_mean", 3), several(content, "time_std", 3)))
-    schedule, w = {"name": choice(content, "l_schedule", SCHEDULES), "r_end": number(content, "l_end_ratio")}, 1.0
-    if schedule["name"] != "constant": schedule["r_init"] = number(content, "l_init_ratio")
-    if content.get("cfg_scale") is not None: w = number(content, "cfg_scale", 0)
-    if w != 1 and content["model_type"] == "UNet": raise InputError(f"cfg_scale is {w:g}, but the network UNet knows no classes, so there is nothing to guide by. Set it to 1.")
-    guidance = {"w": "cfg_scale", "m": "mix_ratio", "decay": "cfg_decay_time", "drop": "cfg_drop_rate"}
-    target = "conditional" if w == 1 else {"name": "guided"} | {name: number(content, key) for name, key in guidance.items()}
-    objective = {"name": "soflow", "lam": number(content, "velocity_loss_ratio"), "p": number(content, "p", 0), "eps": number(content, "eps", 0),
-                 "times": {"name": "logit_normal", "velocity": velocity, "t": t, "s": s}, "schedule": schedule, "target": target}
-    build("objective", objective)       # refuses what is out of range
+    velocity, s, t = (
+        list(law)
+        for law in zip(
+            several(content, "time_mean", 3), several(content, "time_std", 3)
+        )
+    )
+    schedule, w = (
+        {
+            "name": choice(content, "l_schedule", SCHEDULES),
+            "r_end": number(content, "l_end_ratio"),
+        },
+        1.0,
+    )
+    if schedule["name"] != "constant":
+        schedule["r_init"] = number(content, "l_init_ratio")
+    if content.get("cfg_scale") is not None:
+        w = number(content, "cfg_scale", 0)
+    if w != 1 and content["model_type"] == "UNet":
+        raise InputError(
+            f"cfg_scale is {w:g}, but the network UNet knows no classes, so there is nothing to guide by. Set it to 1."
+        )
+    guidance = {
+        "w": "cfg_scale",
+        "m": "mix_ratio",
+        "decay": "cfg_decay_time",
+        "drop": "cfg_drop_rate",
+    }
+    target = (
+        "conditional"
+        if w == 1
+        else {"name": "guided"}
+        | {name: number(content, key) for name, key in guidance.items()}
+    )
+    objective = {
+        "name": "soflow",
+        "lam": number(content, "velocity_loss_ratio"),
+        "p": number(content, "p", 0),
+        "eps": number(content, "eps", 0),
+        "times": {"name": "logit_normal", "velocity": velocity, "t": t, "s": s},
+        "schedule": schedule,
+        "target": target,
+    }
+    build("objective", objective)  # refuses what is out of range
     return objective
 
 # %% ../nbs/3_imagenet/04_published.ipynb #e5583aa8
 def data_of(content: dict):
     "The description of the data. Raises InputError if the file names other data than its network was published for."
-    unet, kind, shape = content["model_type"] == "UNet", str(content.get("dataset_type") or ""), content.get("data_size")
-    if kind and not any(word in kind.lower() for word in (("cifar",) if unet else ("imagenet", "latent"))): raise InputError(f"dataset_type is {kind!r}, but {content['model_type']} was published for {'CIFAR-10' if unet else 'latents of ImageNet'}.")
-    if shape is not None and shape != ([3, 32, 32] if unet else [4, 32, 32]): raise InputError(f"data_size is {shape}, but {content['model_type']} was published for {'3x32x32 pictures' if unet else '4x32x32 latents'}.")
-    return {"name": "cifar10", "augment": 0.12} if unet else {"name": "latents"} | ({"path": content["dataset_path"]} if content.get("dataset_path") else {})
+    unet, kind, shape = (
+        content["model_type"] == "UNet",
+        str(content.get("dataset_type") or ""),
+        content.get("data_size"),
+    )
+    if kind and not any(
+        word in kind.lower()
+        for word in (("cifar",) if unet else ("imagenet", "latent"))
+    ):
+        raise InputError(
+            f"dataset_type is {kind!r}, but {content['model_type']} was published for {'CIFAR-10' if unet else 'latents of ImageNet'}."
+        )
+    if shape is not None and shape != ([3, 32, 32] if unet else [4, 32, 32]):
+        raise InputError(
+            f"data_size is {shape}, but {content['model_type']} was published for {'3x32x32 pictures' if unet else '4x32x32 latents'}."
+        )
+    return (
+        {"name": "cifar10", "augment": 0.12}
+        if unet
+        else {"name": "latents"}
+        | ({"path": content["dataset_path"]} if content.get("dataset_path") else {})
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #b0cd8ab0
 @register("reader", "published")
-def read_published(content: dict) -> Config:   # a published YAML file, as read_yaml gives it
+def read_published(
+    content: dict,
+) -> Config:  # a published YAML file, as read_yaml gives it
     "The Config of a published YAML file. Raises InputError for a key that is unknown or missing, and for any value that is not understood."
-    if odd := [key for key in content if key not in KEYS and key not in UNUSED]: raise unknown("key of a published configuration", odd[0], [*KEYS, *UNUSED])
-    guided = content.get("cfg_scale") is not None and number(content, "cfg_scale", 0) != 1
-    needed = [*NEEDED, *["l_init_ratio"] * (content.get("l_schedule") != "Const"), *["mix_ratio", "cfg_drop_rate", "cfg_decay_time"] * guided]
-    if lacking := [key for key in needed if content.get(key) is None]: raise InputError(f"The published configuration lacks {', '.join(lacking)}. Take the whole file.")
-    if idle := [key for key in UNUSED if key in content]: print(f"Not used here: {', '.join(idle)}.")
+    if odd := [key for key in content if key not in KEYS and key not in UNUSED]:
+        raise unknown("key of a published configuration", odd[0], [*KEYS, *UNUSED])
+    guided = (
+        content.get("cfg_scale") is not None and number(content, "cfg_scale", 0) != 1
+    )
+    needed = [
+        *NEEDED,
+        *["l_init_ratio"] * (content.get("l_schedule") != "Const"),
+        *["mix_ratio", "cfg_drop_rate", "cfg_decay_time"] * guided,
+    ]
+    if lacking := [key for key in needed if content.get(key) is None]:
+        raise InputError(
+            f"The published configuration lacks {', '.join(lacking)}. Take the whole file."
+        )
+    if idle := [key for key in UNUSED if key in content]:
+        print(f"Not used here: {', '.join(idle)}.")
     network = choice(content, "model_type", NETWORKS)
-    optional = {name: whole(content, key, low) for name, key, low in (("seed", "seed", 0), ("checkpoint_every", "ckpt_saving_steps", 1), ("log_every", "logging_steps", 1)) if content.get(key) is not None}
-    optimiser = choice(content, "optimizer", OPTIMISERS) if content.get("optimizer") else "radam" if network["name"] == "unet" else "adamw"
-    return Config(data=data_of(content), path=choice(content, "noising_type", PATHS), coefficients=choice(content, "coefficient_type", COEFFICIENTS), network=dict(network), objective=objective_of(content),
-                  steps=whole(content, "total_steps", 1), seconds=None, batch=whole(content, "batch_size", 1), device="auto", optimiser=optimiser, learning_rate=number(content, "learning_rate", 0), warmup=0, decay="constant",
-                  betas=several(content, "betas", 2), weight_decay=number(content, "weight_decay", 0) if content.get("weight_decay") is not None else 0.0, ema=number(content, "ema_decay_rate", 0), **optional)
+    optional = {
+        name: whole(content, key, low)
+        for name, key, low in (
+            ("seed", "seed", 0),
+            ("checkpoint_every", "ckpt_saving_steps", 1),
+            ("log_every", "logging_steps", 1),
+        )
+        if content.get(key) is not None
+    }
+    optimiser = (
+        choice(content, "optimizer", OPTIMISERS)
+        if content.get("optimizer")
+        else "radam"
+        if network["name"] == "unet"
+        else "adamw"
+    )
+    return Config(
+        data=data_of(content),
+        path=choice(content, "noising_type", PATHS),
+        coefficients=choice(content, "coefficient_type", COEFFICIENTS),
+        network=dict(network),
+        objective=objective_of(content),
+        steps=whole(content, "total_steps", 1),
+        seconds=None,
+        batch=whole(content, "batch_size", 1),
+        device="auto",
+        optimiser=optimiser,
+        learning_rate=number(content, "learning_rate", 0),
+        warmup=0,
+        decay="constant",
+        betas=several(content, "betas", 2),
+        weight_decay=number(content, "weight_decay", 0)
+        if content.get("weight_decay") is not None
+        else 0.0,
+        ema=number(content, "ema_decay_rate", 0),
+        **optional,
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7
 PARTS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 
+
 def read_checkpoint(path) -> dict:
     "The content of a published checkpoint. Raises InputError if it is missing, cut, no torch file, holds objects that are neither tensors nor numbers, or lacks a part."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}, but a torch file was expected. Check the name.")
-    try: content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:      # a reader of pickles can stumble in any way
+    if not path.is_file():
+        raise InputError(
+            f"{path} is {'a folder' if path.is_dir() else 'missing'}, but a torch file was expected. Check the name."
+        )
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # a reader of pickles can stumble in any way
         objects = re.search(r"GLOBAL ([\w.]+)|Unsupported class (\S+)", str(error))
-        raise InputError(f"{path} holds the object {objects[1] or objects[2]}, and only tensors, numbers and containers are read from a checkpoint." if objects else f"{path} is cut or no torch file ({type(error).__name__}). Copy it again.") from None
-    if not isinstance(content, dict): raise InputError(f"{path} holds {type(content).__name__}, but a published checkpoint is a dictionary with {', '.join(PARTS)}.")
-    if lacking := [part for part in PARTS if part not in content]: raise InputError(f"{path} lacks {', '.join(lacking)}. It holds {', '.join(map(str, list(content)[:8])) or 'nothing'}, but a published checkpoint holds {', '.join(PARTS)}.")
+        raise InputError(
+            f"{path} holds the object {objects[1] or objects[2]}, and only tensors, numbers and containers are read from a checkpoint."
+            if objects
+            else f"{path} is cut or no torch file ({type(error).__name__}). Copy it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} holds {type(content).__name__}, but a published checkpoint is a dictionary with {', '.join(PARTS)}."
+        )
+    if lacking := [part for part in PARTS if part not in content]:
+        raise InputError(
+            f"{path} lacks {', '.join(lacking)}. It holds {', '.join(map(str, list(content)[:8])) or 'nothing'}, but a published checkpoint holds {', '.join(PARTS)}."
+        )
     return content
 
 # %% ../nbs/3_imagenet/04_published.ipynb #4e3fe6d2
-PREFIXES = ("module.", "_orig_mod.", "network.")     # of wrappers: several GPUs, compilation, the published model
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "network.",
+)  # of wrappers: several GPUs, compilation, the published model
+
 
 def own_name(name: str) -> str:
     "The name of a published tensor in our network."
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""): name = name.removeprefix(prefix)
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
     return name
 
 # %% ../nbs/3_imagenet/04_published.ipynb #9d2f7a45
-def expected(network) -> dict:   # description -> tensors by name, on the device meta
+def expected(network) -> dict:  # description -> tensors by name, on the device meta
     "The tensors of a network without their memory. Raises InputError for a network that cannot be built."
-    with torch.device("meta"): return build("network", network).state_dict()
+    with torch.device("meta"):
+        return build("network", network).state_dict()
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ce65962b
-def misfits(given: dict, own: dict) -> list:   # tensors by name
+def misfits(given: dict, own: dict) -> list:  # tensors by name
     "All that keeps given tensors from standing in a network: what is missing, unknown, of another shape or kind."
-    wrong = [f"{name} missing" for name in own.keys() - given.keys()] + [f"{name} unknown" for name in given.keys() - own.keys()]
+    wrong = [f"{name} missing" for name in own.keys() - given.keys()] + [
+        f"{name} unknown" for name in given.keys() - own.keys()
+    ]
     for name in own.keys() & given.keys():
-        if given[name].shape != own[name].shape: wrong.append(f"{name} has shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}")
-        elif given[name].is_floating_point() != own[name].is_floating_point(): wrong.append(f"{name} holds {given[name].dtype} instead of {own[name].dtype}")
-        elif not given[name].isfinite().all(): wrong.append(f"{name} is not finite")
+        if given[name].shape != own[name].shape:
+            wrong.append(
+                f"{name} has shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+            )
+        elif given[name].is_floating_point() != own[name].is_floating_point():
+            wrong.append(
+                f"{name} holds {given[name].dtype} instead of {own[name].dtype}"
+            )
+        elif not given[name].isfinite().all():
+            wrong.append(f"{name} is not finite")
     return sorted(wrong)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #14db527f
-def averaged(content: dict, network, path) -> dict:   # of read_checkpoint; description; where it comes from
+def averaged(
+    content: dict, network, path
+) -> dict:  # of read_checkpoint; description; where it comes from
     "The averaged tensors of a checkpoint under our names. Raises InputError that lists all that does not fit the network."
     tensors, own = content["ema_model"], expected(network)
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(value) for value in tensors.values()): raise InputError(f"{path}: ema_model holds something else than tensors by name, so it is no published checkpoint.")
+    if not isinstance(tensors, dict) or not all(
+        torch.is_tensor(value) for value in tensors.values()
+    ):
+        raise InputError(
+            f"{path}: ema_model holds something else than tensors by name, so it is no published checkpoint."
+        )
     given = {own_name(str(name)): value for name, value in tensors.items()}
-    if len(given) < len(tensors): raise InputError(f"{path}: two tensors of ema_model have the same name without their prefixes.")
-    if wrong := misfits(given, own): raise InputError(f"{path} does not fit the network {in_words(network)} of its configuration, in {len(wrong)} of {len(own.keys() | given.keys())} tensors: {'; '.join(wrong[:10])}{f'; and {len(wrong) - 10} more' if len(wrong) > 10 else ''}.")
+    if len(given) < len(tensors):
+        raise InputError(
+            f"{path}: two tensors of ema_model have the same name without their prefixes."
+        )
+    if wrong := misfits(given, own):
+        raise InputError(
+            f"{path} does not fit the network {in_words(network)} of its configuration, in {len(wrong)} of {len(own.keys() | given.keys())} tensors: {'; '.join(wrong[:10])}{f'; and {len(wrong) - 10} more' if len(wrong) > 10 else ''}."
+        )
     return {name: value.to(own[name].dtype) for name, value in given.items()}
 
 # %% ../nbs/3_imagenet/04_published.ipynb #348c6770
 def in_words(network) -> str:
     "A description as text: its name, then its options."
-    options = {} if isinstance(network, str) else {key: value for key, value in network.items() if key != "name"}
-    return (network if isinstance(network, str) else network["name"]) + (f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else "")
+    options = (
+        {}
+        if isinstance(network, str)
+        else {key: value for key, value in network.items() if key != "name"}
+    )
+    return (network if isinstance(network, str) else network["name"]) + (
+        f" ({', '.join(f'{key} {value}' for key, value in options.items())})"
+        if options
+        else ""
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #62aeb430
-def import_published(checkpoint,     # a published torch file, such as 400000.pt
-                     yaml,           # its published YAML file
-                     out,            # folder for the run
-                     network: dict | None = None,   # another size of the same layout, if it is not the published one
-                     ) -> Path:
+def import_published(
+    checkpoint,  # a published torch file, such as 400000.pt
+    yaml,  # its published YAML file
+    out,  # folder for the run
+    network: dict
+    | None = None,  # another size of the same layout, if it is not the published one
+) -> Path:
     """Writes a published checkpoint as a run of this library, with the averaged weights and without the optimiser's state.
 
     Raises InputError, before anything is written, for a file that is no such checkpoint, and for one that does not fit, naming every tensor."""
     config = read_published(read_yaml(yaml))
-    if network: config = replace(config, network=network)
-    expected(config.network)                       # a network that cannot be built costs no reading
+    if network:
+        config = replace(config, network=network)
+    expected(config.network)  # a network that cannot be built costs no reading
     content = read_checkpoint(checkpoint)
-    step = content["finished_steps"].item() if torch.is_tensor(content["finished_steps"]) and content["finished_steps"].numel() == 1 else content["finished_steps"]
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0: raise InputError(f"{checkpoint}: finished_steps is {step!r}, but must be a number of steps.")
-    ema = {f"net.{name}": value for name, value in averaged(content, config.network, checkpoint).items()}
-    with torch.device("meta"): model = SolutionModel(build("network", config.network), config.path, config.coefficients)
-    return save_run(fresh_folder(out), Run(model, config, ema, step=step, steps=max(step, config.steps), objective=describe(build("objective", config.objective))))
+    step = (
+        content["finished_steps"].item()
+        if torch.is_tensor(content["finished_steps"])
+        and content["finished_steps"].numel() == 1
+        else content["finished_steps"]
+    )
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise InputError(
+            f"{checkpoint}: finished_steps is {step!r}, but must be a number of steps."
+        )
+    ema = {
+        f"net.{name}": value
+        for name, value in averaged(content, config.network, checkpoint).items()
+    }
+    with torch.device("meta"):
+        model = SolutionModel(
+            build("network", config.network), config.path, config.coefficients
+        )
+    return save_run(
+        fresh_folder(out),
+        Run(
+            model,
+            config,
+            ema,
+            step=step,
+            steps=max(step, config.steps),
+            objective=describe(build("objective", config.objective)),
+        ),
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #14be7c76
 @dataclass
 class Microscope:
     "What a map makes of the same noise at falling s, beside the model's own ODE."
-    times: tuple              # of s
-    maps: torch.Tensor        # (times, n, ...) f(x1, 1, s)
-    states: torch.Tensor      # (times, n, ...) of the ODE
-    evaluations: int          # that the ODE took
-    pictures: object          # what makes pictures of samples
-    words: list               # a word for each of the n
+
+    times: tuple  # of s
+    maps: torch.Tensor  # (times, n, ...) f(x1, 1, s)
+    states: torch.Tensor  # (times, n, ...) of the ODE
+    evaluations: int  # that the ODE took
+    pictures: object  # what makes pictures of samples
+    words: list  # a word for each of the n
 
     @property
-    def distance(self) -> torch.Tensor:   # (times, n)
+    def distance(self) -> torch.Tensor:  # (times, n)
         "RMS of the difference over RMS of the state, for each time and sample."
         size = lambda x: x.flatten(2).pow(2).mean(2).sqrt()
         return size(self.maps - self.states) / size(self.states)
 
     @property
     def table(self) -> str:
-        lines = [f"f(x1, 1, s) beside the model's own ODE (dopri5, {self.evaluations} evaluations), {self.maps.shape[1]} samples", f"{'s':>5s}{'median distance':>18s}{'largest':>10s}"]
-        return "\n".join(lines + [f"{s:5.2f}{row.median():18.4f}{row.max():10.4f}" for s, row in zip(self.times, self.distance)])
+        lines = [
+            f"f(x1, 1, s) beside the model's own ODE (dopri5, {self.evaluations} evaluations), {self.maps.shape[1]} samples",
+            f"{'s':>5s}{'median distance':>18s}{'largest':>10s}",
+        ]
+        return "\n".join(
+            lines
+            + [
+                f"{s:5.2f}{row.median():18.4f}{row.max():10.4f}"
+                for s, row in zip(self.times, self.distance)
+            ]
+        )
 
     def figure(self):
         "For each time the pictures of the map above those of the ODE."
         x = torch.stack([self.maps, self.states], 1).flatten(0, 2)
-        rows = [word for s in self.times for word in (f"f(x1, 1, {s:g})", f"ODE at {s:g}")]
-        return show_pictures(self.pictures(x), self.words, rows, self.maps.shape[1], 0.75)
+        rows = [
+            word for s in self.times for word in (f"f(x1, 1, {s:g})", f"ODE at {s:g}")
+        ]
+        return show_pictures(
+            self.pictures(x), self.words, rows, self.maps.shape[1], 0.75
+        )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #7079de5f
 @torch.no_grad()
-def microscope(run: Run,                           # of pictures or latents
-               count: int = 8,                     # samples
-               times: tuple = (0.8, 0.6, 0.4, 0.2, 0.0),   # of s, falling
-               seed: int = 0, rtol: float = 1e-3,  # tolerance of the ODE
-               autoencoder: str = "",              # another one than that of the data
-               device: str = "auto") -> Microscope:
+def microscope(
+    run: Run,  # of pictures or latents
+    count: int = 8,  # samples
+    times: tuple = (0.8, 0.6, 0.4, 0.2, 0.0),  # of s, falling
+    seed: int = 0,
+    rtol: float = 1e-3,  # tolerance of the ODE
+    autoencoder: str = "",  # another one than that of the data
+    device: str = "auto",
+) -> Microscope:
     "A map under the microscope. Raises InputError for times that do not fall from below 1 to 0, and for a map of the plane."
-    if not all(1 > a > b for a, b in zip(times, times[1:])) or times[-1] < 0 or count < 1: raise InputError(f"times are {times} and count is {count}, but times must fall, from below 1 to 0 at the lowest, and at least one sample is needed.")
-    if len(shape_of(run.model)) == 1: raise InputError("This run is a map of the plane, which soflow diagnose and soflow evaluate compare with its exact flow. The microscope is for pictures.")
+    if (
+        not all(1 > a > b for a, b in zip(times, times[1:]))
+        or times[-1] < 0
+        or count < 1
+    ):
+        raise InputError(
+            f"times are {times} and count is {count}, but times must fall, from below 1 to 0 at the lowest, and at least one sample is needed."
+        )
+    if len(shape_of(run.model)) == 1:
+        raise InputError(
+            "This run is a map of the plane, which soflow diagnose and soflow evaluate compare with its exact flow. The microscope is for pictures."
+        )
     device, words = choose_device(device), class_names(run)
-    model, y = trained(run).to(device), torch.arange(count, device=device) % len(words) if words else None
-    x = x1 = torch.randn(count, *shape_of(run.model), generator=generator_of(seed, 0)).to(device)
+    model, y = (
+        trained(run).to(device),
+        torch.arange(count, device=device) % len(words) if words else None,
+    )
+    x = x1 = torch.randn(
+        count, *shape_of(run.model), generator=generator_of(seed, 0)
+    ).to(device)
     maps, states, evaluations, before = [], [], 0, 1.0
     for s in times:
         leg = integrate(model, x, before, s, y, rtol=rtol, atol=rtol)
         x, before, evaluations = leg.x, s, evaluations + leg.evaluations
         states.append(x.cpu())
-        maps.append(model(x1, torch.ones(count, device=device), torch.full((count,), float(s), device=device), y).cpu())
-    return Microscope(tuple(times), torch.stack(maps), torch.stack(states), evaluations, decoder_of(run, autoencoder, str(device)), [words[k] for k in y.tolist()] if words else [])
+        maps.append(
+            model(
+                x1,
+                torch.ones(count, device=device),
+                torch.full((count,), float(s), device=device),
+                y,
+            ).cpu()
+        )
+    return Microscope(
+        tuple(times),
+        torch.stack(maps),
+        torch.stack(states),
+        evaluations,
+        decoder_of(run, autoencoder, str(device)),
+        [words[k] for k in y.tolist()] if words else [],
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #181abd23
 OUTPUTS = ("F(x1,t,s)", "f(x1,t,s)", "velocity(x1,t)", "f(x1,1,0)")
-SCALARS = tuple(f"{kind}/{what}" for kind in ("fm", "scm") for what in ("surrogate", "mse", "weight", "grad_norm"))
+SCALARS = tuple(
+    f"{kind}/{what}"
+    for kind in ("fm", "scm")
+    for what in ("surrogate", "mse", "weight", "grad_norm")
+)
 GIVEN = ("x0", "x1", "t", "s", "l", "labels", "cfg_mask", "augment_labels")
-META = ("network", "noising", "coefficients", "guidance_scale", "mix_ratio", "decay_time", "p", "eps")
+META = (
+    "network",
+    "noising",
+    "coefficients",
+    "guidance_scale",
+    "mix_ratio",
+    "decay_time",
+    "p",
+    "eps",
+)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #8c0f46ff
 @dataclass(frozen=True)
 class Numbers:
     "What a file of numbers holds: a tiny network, a batch, and what some program computes from them."
+
     name: str
-    meta: dict      # settings
-    weights: dict   # tensors of the network by their published names
-    given: dict     # data, noise, times, labels
-    results: dict   # outputs, losses, gradients by name
+    meta: dict  # settings
+    weights: dict  # tensors of the network by their published names
+    given: dict  # data, noise, times, labels
+    results: dict  # outputs, losses, gradients by name
 
     @property
-    def guided(self) -> bool: return self.meta["guidance_scale"] != 1     # else the mask of hidden labels is to be ignored
+    def guided(self) -> bool:
+        return (
+            self.meta["guidance_scale"] != 1
+        )  # else the mask of hidden labels is to be ignored
+
     @property
-    def kind(self) -> str: return self.meta["network"].lower()            # "unet" or "dit"
+    def kind(self) -> str:
+        return self.meta["network"].lower()  # "unet" or "dit"
 
 # %% ../nbs/3_imagenet/04_published.ipynb #882f5def
 def read_numbers(path) -> Numbers:
     "A file of numbers. Raises InputError if it is missing, cut, of another format, or lacks a tensor."
     from safetensors import SafetensorError, safe_open
+
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}, but a file of numbers (.safetensors) was expected.")
+    if not path.is_file():
+        raise InputError(
+            f"{path} is {'a folder' if path.is_dir() else 'missing'}, but a file of numbers (.safetensors) was expected."
+        )
     try:
-        with safe_open(path, "pt") as file: tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error: raise InputError(f"{path} is cut or no safetensors file ({error}). Copy it again.") from None
-    try: meta = json.loads(header["meta"])
-    except (KeyError, ValueError): raise InputError(f"{path} holds tensors, but its header has no 'meta' that says which settings they belong to, so it is no file of numbers to compare with.") from None
+        with safe_open(path, "pt") as file:
+            tensors, header = (
+                {name: file.get_tensor(name) for name in file.keys()},
+                file.metadata() or {},
+            )
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is cut or no safetensors file ({error}). Copy it again."
+        ) from None
+    try:
+        meta = json.loads(header["meta"])
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{path} holds tensors, but its header has no 'meta' that says which settings they belong to, so it is no file of numbers to compare with."
+        ) from None
     meta = check_meta(meta, path)
-    part = lambda start: {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-    results = {name: value for name, value in tensors.items() if name in OUTPUTS or name.startswith(("fm/", "scm/"))}
-    numbers = Numbers(path.stem, meta, part("weights/"), {name: tensors[name] for name in GIVEN if name in tensors}, results)
-    check_numbers(numbers, set(tensors) - {f"weights/{name}" for name in numbers.weights}, path)
+    part = lambda start: {
+        name.removeprefix(start): value
+        for name, value in tensors.items()
+        if name.startswith(start)
+    }
+    results = {
+        name: value
+        for name, value in tensors.items()
+        if name in OUTPUTS or name.startswith(("fm/", "scm/"))
+    }
+    numbers = Numbers(
+        path.stem,
+        meta,
+        part("weights/"),
+        {name: tensors[name] for name in GIVEN if name in tensors},
+        results,
+    )
+    check_numbers(
+        numbers, set(tensors) - {f"weights/{name}" for name in numbers.weights}, path
+    )
     return numbers
 
 # %% ../nbs/3_imagenet/04_published.ipynb #0022a4e0
 def check_meta(meta, path) -> dict:
     "The settings of a file of numbers. Raises InputError if they are not complete and understood."
-    if not isinstance(meta, dict) or (lacking := [key for key in META if key not in meta]): raise InputError(f"{path}: its settings lack {', '.join(lacking) if isinstance(meta, dict) else 'everything'}.")
-    for key, table in (("noising", PATHS), ("coefficients", COEFFICIENTS), ("network", {"UNet": 0, "DiT": 0})): choice(meta, key, table)
+    if not isinstance(meta, dict) or (
+        lacking := [key for key in META if key not in meta]
+    ):
+        raise InputError(
+            f"{path}: its settings lack {', '.join(lacking) if isinstance(meta, dict) else 'everything'}."
+        )
+    for key, table in (
+        ("noising", PATHS),
+        ("coefficients", COEFFICIENTS),
+        ("network", {"UNet": 0, "DiT": 0}),
+    ):
+        choice(meta, key, table)
     return meta | {key: number(meta, key, 0) for key in META[3:]}
 
 # %% ../nbs/3_imagenet/04_published.ipynb #c977a77b
-def check_numbers(numbers: Numbers, found: set, path):   # names in the file but for the weights
+def check_numbers(
+    numbers: Numbers, found: set, path
+):  # names in the file but for the weights
     "Raises InputError if a tensor is missing, would not be compared, or does not fit the others."
-    more = {"DiT": ["labels"] + ["cfg_mask"] * numbers.guided, "UNet": ["augment_labels"] if "map_augment.weight" in numbers.weights else []}[numbers.meta["network"]]
-    if lacking := [name for name in (*GIVEN[:5], *more, *OUTPUTS, *SCALARS) if name not in found] + ["weights/..."] * (not numbers.weights): raise InputError(f"{path} lacks {', '.join(lacking)}.")
-    if odd := sorted(name for name in found if name not in (*GIVEN, *OUTPUTS, *SCALARS) and not name.startswith(("fm/grad/", "scm/grad/"))): raise InputError(f"{path} holds {', '.join(odd)}, which this version cannot compare.")
+    more = {
+        "DiT": ["labels"] + ["cfg_mask"] * numbers.guided,
+        "UNet": ["augment_labels"] if "map_augment.weight" in numbers.weights else [],
+    }[numbers.meta["network"]]
+    if lacking := [
+        name for name in (*GIVEN[:5], *more, *OUTPUTS, *SCALARS) if name not in found
+    ] + ["weights/..."] * (not numbers.weights):
+        raise InputError(f"{path} lacks {', '.join(lacking)}.")
+    if odd := sorted(
+        name
+        for name in found
+        if name not in (*GIVEN, *OUTPUTS, *SCALARS)
+        and not name.startswith(("fm/grad/", "scm/grad/"))
+    ):
+        raise InputError(
+            f"{path} holds {', '.join(odd)}, which this version cannot compare."
+        )
     shape, B = numbers.given["x1"].shape, numbers.given["x1"].shape[:1]
-    wanted_shapes = dict.fromkeys(("x0", *OUTPUTS), shape) | dict.fromkeys(("t", "s", "l", "labels", "cfg_mask"), B) | dict.fromkeys(SCALARS, ())
+    wanted_shapes = (
+        dict.fromkeys(("x0", *OUTPUTS), shape)
+        | dict.fromkeys(("t", "s", "l", "labels", "cfg_mask"), B)
+        | dict.fromkeys(SCALARS, ())
+    )
     for name, wanted in wanted_shapes.items():
         tensor = numbers.given.get(name, numbers.results.get(name))
-        if tensor is not None and tensor.shape != wanted: raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, but {tuple(wanted)} was expected.")
+        if tensor is not None and tensor.shape != wanted:
+            raise InputError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but {tuple(wanted)} was expected."
+            )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #186aecda
-PLAIN_PATHS = {"linear": lambda t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t)),      # alpha, beta and their derivatives
-               "trigonometric": lambda t: (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t), -math.pi / 2 * torch.sin(math.pi / 2 * t), math.pi / 2 * torch.cos(math.pi / 2 * t))}
-PLAIN_COEFFICIENTS = {"euler": lambda t, s: (torch.ones_like(t), s - t), "trigonometric": lambda t, s: (torch.cos(math.pi / 2 * (s - t)), torch.sin(math.pi / 2 * (s - t)))}
+PLAIN_PATHS = {
+    "linear": lambda t: (
+        1 - t,
+        t,
+        -torch.ones_like(t),
+        torch.ones_like(t),
+    ),  # alpha, beta and their derivatives
+    "trigonometric": lambda t: (
+        torch.cos(math.pi / 2 * t),
+        torch.sin(math.pi / 2 * t),
+        -math.pi / 2 * torch.sin(math.pi / 2 * t),
+        math.pi / 2 * torch.cos(math.pi / 2 * t),
+    ),
+}
+PLAIN_COEFFICIENTS = {
+    "euler": lambda t, s: (torch.ones_like(t), s - t),
+    "trigonometric": lambda t, s: (
+        torch.cos(math.pi / 2 * (s - t)),
+        torch.sin(math.pi / 2 * (s - t)),
+    ),
+}
 
 # %% ../nbs/3_imagenet/04_published.ipynb #47ed873e
-def plain_guidance(meta: dict, t, v_cond, v_uncond, v_pred):   # t (B, 1, ...), velocities (B, ...) -> (B, ...)
+def plain_guidance(
+    meta: dict, t, v_cond, v_uncond, v_pred
+):  # t (B, 1, ...), velocities (B, ...) -> (B, ...)
     "m [v_cond + kappa (w - 1) (v_cond - v_uncond)] + (1 - m) v_pred."
     w, m, start = meta["guidance_scale"], meta["mix_ratio"], meta["decay_time"]
     tau = ((1 - t) / max(1 - start, 1e-12)).clamp(0, 1 - 1e-6)
-    kappa = torch.where(t <= start, torch.ones_like(t), 1 - torch.exp(-tau / (1 - tau) / 40))
+    kappa = torch.where(
+        t <= start, torch.ones_like(t), 1 - torch.exp(-tau / (1 - tau) / 40)
+    )
     return m * (v_cond + kappa * (w - 1) * (v_cond - v_uncond)) + (1 - m) * v_pred
 
 # %% ../nbs/3_imagenet/04_published.ipynb #94de635e
-def restated(numbers: Numbers, net) -> dict:   # net(x, t, t - s, y, augment) with the weights of the file, in any precision
+def restated(
+    numbers: Numbers, net
+) -> (
+    dict
+):  # net(x, t, t - s, y, augment) with the weights of the file, in any precision
     "All results, and the gradients of all parameters, by the formulas of the paper written out one after another."
     to = next(net.parameters()).dtype
-    d, meta = {name: value.to(to) if value.is_floating_point() else value for name, value in numbers.given.items()}, numbers.meta
-    path, ab = PLAIN_PATHS[PATHS[meta["noising"]]], PLAIN_COEFFICIENTS[COEFFICIENTS[meta["coefficients"]]]
+    d, meta = (
+        {
+            name: value.to(to) if value.is_floating_point() else value
+            for name, value in numbers.given.items()
+        },
+        numbers.meta,
+    )
+    path, ab = (
+        PLAIN_PATHS[PATHS[meta["noising"]]],
+        PLAIN_COEFFICIENTS[COEFFICIENTS[meta["coefficients"]]],
+    )
     wide = lambda u: u.reshape(-1, *[1] * (d["x1"].ndim - 1))
-    x1, t, s, l, y, one = d["x1"], d["t"], d["s"], d["l"], d.get("labels") if net.classes else None, torch.ones_like(d["t"])
+    x1, t, s, l, y, one = (
+        d["x1"],
+        d["t"],
+        d["s"],
+        d["l"],
+        d.get("labels") if net.classes else None,
+        torch.ones_like(d["t"]),
+    )
     more = {"augment": d["augment_labels"]} if "augment_labels" in d else {}
     F = lambda x, t, s, y: net(x, t, t - s, y, **more)
     f = lambda x, t, s, y: wide(ab(t, s)[0]) * x + wide(ab(t, s)[1]) * F(x, t, s, y)
-    slope = 1.0 if COEFFICIENTS[meta["coefficients"]] == "euler" else math.pi / 2             # of b along s at s = t; that of a is 0
+    slope = (
+        1.0 if COEFFICIENTS[meta["coefficients"]] == "euler" else math.pi / 2
+    )  # of b along s at s = t; that of a is 0
     velocity = lambda x, t, y: slope * F(x, t, t, y)
-    with torch.no_grad(): values = dict(zip(OUTPUTS, (F(x1, t, s, y), f(x1, t, s, y), velocity(x1, t, y), f(x1, one, 0 * one, y))))
+    with torch.no_grad():
+        values = dict(
+            zip(
+                OUTPUTS,
+                (
+                    F(x1, t, s, y),
+                    f(x1, t, s, y),
+                    velocity(x1, t, y),
+                    f(x1, one, 0 * one, y),
+                ),
+            )
+        )
     alpha, beta, dalpha, dbeta = path(wide(t))
-    xt, v, mean = alpha * d["x0"] + beta * x1, dalpha * d["x0"] + dbeta * x1, lambda z: z.flatten(1).mean(1)
+    xt, v, mean = (
+        alpha * d["x0"] + beta * x1,
+        dalpha * d["x0"] + dbeta * x1,
+        lambda z: z.flatten(1).mean(1),
+    )
     v_fm, v_scm = v, v
     if numbers.guided:
         null, dropped = torch.full_like(y, net.classes), d["cfg_mask"]
         y = torch.where(dropped, null, y)
-        with torch.no_grad(): both = velocity(xt, t, null), velocity(xt, t, y)
-        v_scm, v_fm = (torch.where(wide(dropped), v, plain_guidance(meta | {"mix_ratio": m}, wide(t), v, *both)) for m in (meta["mix_ratio"], meta["mix_ratio"] or 1.0))
-    error = mean((velocity(xt, t, y) - v_fm)**2)
-    weight = 1 / (slope * (error.detach() + meta["eps"])**meta["p"])
+        with torch.no_grad():
+            both = velocity(xt, t, null), velocity(xt, t, y)
+        v_scm, v_fm = (
+            torch.where(
+                wide(dropped),
+                v,
+                plain_guidance(meta | {"mix_ratio": m}, wide(t), v, *both),
+            )
+            for m in (meta["mix_ratio"], meta["mix_ratio"] or 1.0)
+        )
+    error = mean((velocity(xt, t, y) - v_fm) ** 2)
+    weight = 1 / (slope * (error.detach() + meta["eps"]) ** meta["p"])
     values |= summary("fm", (weight * error).mean(), error, weight, net)
     Ft = F(xt, t, s, y)
     ft = wide(ab(t, s)[0]) * xt + wide(ab(t, s)[1]) * Ft
-    with torch.no_grad(): q = (ft - f(xt + v_scm * wide(l - t), l, s, y)) / wide(t - l)
+    with torch.no_grad():
+        q = (ft - f(xt + v_scm * wide(l - t), l, s, y)) / wide(t - l)
     square = mean(q**2)
-    weight = 1 / (square + meta["eps"])**meta["p"]
-    return values | summary("scm", (wide(ab(t, s)[1].sign()) * Ft * q * wide(weight)).mean(), square, weight, net)
+    weight = 1 / (square + meta["eps"]) ** meta["p"]
+    return values | summary(
+        "scm",
+        (wide(ab(t, s)[1].sign()) * Ft * q * wide(weight)).mean(),
+        square,
+        weight,
+        net,
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #d75cb572
-def summary(kind: str, value, square, weight, net) -> dict:   # scalar; (B,), (B,)
+def summary(kind: str, value, square, weight, net) -> dict:  # scalar; (B,), (B,)
     "The results of one loss by their names in a file, with the gradients of all parameters."
-    own = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    own = {
+        name: parameter
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad
+    }
     slopes = torch.autograd.grad(value, list(own.values()), allow_unused=True)
-    slopes = {f"{kind}/grad/{name}": torch.zeros_like(parameter) if slope is None else slope for (name, parameter), slope in zip(own.items(), slopes)}
+    slopes = {
+        f"{kind}/grad/{name}": torch.zeros_like(parameter) if slope is None else slope
+        for (name, parameter), slope in zip(own.items(), slopes)
+    }
     norm = torch.stack([slope.double().norm() for slope in slopes.values()]).norm()
-    return {f"{kind}/surrogate": value.detach(), f"{kind}/mse": square.detach().mean(), f"{kind}/weight": weight.detach().mean(), f"{kind}/grad_norm": norm} | slopes
+    return {
+        f"{kind}/surrogate": value.detach(),
+        f"{kind}/mse": square.detach().mean(),
+        f"{kind}/weight": weight.detach().mean(),
+        f"{kind}/grad_norm": norm,
+    } | slopes
 
 # %% ../nbs/3_imagenet/04_published.ipynb #42da9b29
-def published_quotient(model, rows: Rows, v, F, Fl):   # v, F, Fl (n, ...) -> (n, ...)
+def published_quotient(model, rows: Rows, v, F, Fl):  # v, F, Fl (n, ...) -> (n, ...)
     "(f(x_t, t, s) - f(x_l, l, s)) / (t - l) by subtraction, with the rounding that this brings."
     gap = (rows.t - rows.l).reshape(-1, *[1] * (v.ndim - 1))
-    return (model.solution_from(F, rows.xt, rows.t, rows.s) - model.solution_from(Fl, rows.xt - gap * v, rows.l, rows.s)) / gap
+    return (
+        model.solution_from(F, rows.xt, rows.t, rows.s)
+        - model.solution_from(Fl, rows.xt - gap * v, rows.l, rows.s)
+    ) / gap
 
 # %% ../nbs/3_imagenet/04_published.ipynb #dc74a284
 def ours(numbers: Numbers, model: SolutionModel) -> dict:
     "All results, and the gradients of all parameters, by the functions of the library."
-    d, y, objective = numbers.given, numbers.given.get("labels") if model.conditional else None, SoFlow(p=numbers.meta["p"], eps=numbers.meta["eps"], target=target_of(numbers))
-    x1, t, s, extras = d["x1"], d["t"], d["s"], {"augment": d["augment_labels"]} if "augment_labels" in d else {}
-    with torch.no_grad(): values = dict(zip(OUTPUTS, (model.F(x1, t, s, y, **extras), model(x1, t, s, y, **extras), model.velocity(x1, t, y, **extras), model(x1, 1.0, 0.0, y, **extras))))
+    d, y, objective = (
+        numbers.given,
+        numbers.given.get("labels") if model.conditional else None,
+        SoFlow(p=numbers.meta["p"], eps=numbers.meta["eps"], target=target_of(numbers)),
+    )
+    x1, t, s, extras = (
+        d["x1"],
+        d["t"],
+        d["s"],
+        {"augment": d["augment_labels"]} if "augment_labels" in d else {},
+    )
+    with torch.no_grad():
+        values = dict(
+            zip(
+                OUTPUTS,
+                (
+                    model.F(x1, t, s, y, **extras),
+                    model(x1, t, s, y, **extras),
+                    model.velocity(x1, t, y, **extras),
+                    model(x1, 1.0, 0.0, y, **extras),
+                ),
+            )
+        )
     dropped = d["cfg_mask"] if numbers.guided else None
-    rows = Rows(*model.path.interpolate(d["x0"], x1, t), t, s, d["l"], y if dropped is None else y.masked_fill(dropped, model.net.classes), dropped, extras)
+    rows = Rows(
+        *model.path.interpolate(d["x0"], x1, t),
+        t,
+        s,
+        d["l"],
+        y if dropped is None else y.masked_fill(dropped, model.net.classes),
+        dropped,
+        extras,
+    )
     v, F_ahead = objective.look_ahead(model, rows)
-    loss = objective.velocity_loss(model, rows, model.F(rows.xt, t, t, rows.y, **extras))
+    loss = objective.velocity_loss(
+        model, rows, model.F(rows.xt, t, t, rows.y, **extras)
+    )
     weighted, error = loss.weighted, loss.error
     values |= summary("fm", weighted.mean(), error, weighted / error, model.net)
     F = model.F(rows.xt, t, s, rows.y, **extras)
     q = published_quotient(model, rows, v, F.detach(), F_ahead)
     square = q.pow(2).flatten(1).mean(1)
-    return values | summary("scm", surrogate(F, q, model.coefficients.b(t, s), objective.p, objective.eps), square, (square + objective.eps)**-objective.p, model.net)
+    return values | summary(
+        "scm",
+        surrogate(F, q, model.coefficients.b(t, s), objective.p, objective.eps),
+        square,
+        (square + objective.eps) ** -objective.p,
+        model.net,
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #86a9529b
 def target_of(numbers: Numbers):
     "The target that the settings of a file ask for."
     meta = numbers.meta
-    return Guided(meta["guidance_scale"], meta["mix_ratio"], meta["decay_time"]) if numbers.guided else "conditional"
+    return (
+        Guided(meta["guidance_scale"], meta["mix_ratio"], meta["decay_time"])
+        if numbers.guided
+        else "conditional"
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #15a2ad80
-def unet_options(weights: dict) -> dict:   # tensors by their published names
+def unet_options(weights: dict) -> dict:  # tensors by their published names
     "The description of the U-Net to which tensors belong. Raises InputError if they belong to none."
-    sizes = sorted({int(m[1]) for name in weights if (m := re.match(r"enc\.(\d+)x\1_block0\.conv0\.weight", name))}, reverse=True)
+    sizes = sorted(
+        {
+            int(m[1])
+            for name in weights
+            if (m := re.match(r"enc\.(\d+)x\1_block0\.conv0\.weight", name))
+        },
+        reverse=True,
+    )
     first = weights.get(f"enc.{sizes[0]}x{sizes[0]}_conv.weight") if sizes else None
-    if first is None or first.ndim != 4: raise InputError("These weights belong to no U-Net: a first convolution enc.SIZExSIZE_conv.weight or its blocks are missing.")
+    if first is None or first.ndim != 4:
+        raise InputError(
+            "These weights belong to no U-Net: a first convolution enc.SIZExSIZE_conv.weight or its blocks are missing."
+        )
     width, top = first.shape[0], f"enc.{sizes[0]}x{sizes[0]}_block"
     rows = lambda name: weights[name].shape
-    return {"name": "unet", "size": sizes[0], "channels": first.shape[1], "width": width, "multipliers": [rows(f"enc.{k}x{k}_block0.conv0.weight")[0] // width for k in sizes],
-            "blocks": sum(name.startswith(top) and name.endswith(".conv0.weight") for name in weights), "attention": [k for k in sizes if f"enc.{k}x{k}_block0.qkv.weight" in weights], "dropout": 0.0,
-            "augment": rows("map_augment.weight")[1] if "map_augment.weight" in weights else 0, "classes": rows("map_label.weight")[0] - 1 if "map_label.weight" in weights else 0}
+    return {
+        "name": "unet",
+        "size": sizes[0],
+        "channels": first.shape[1],
+        "width": width,
+        "multipliers": [
+            rows(f"enc.{k}x{k}_block0.conv0.weight")[0] // width for k in sizes
+        ],
+        "blocks": sum(
+            name.startswith(top) and name.endswith(".conv0.weight") for name in weights
+        ),
+        "attention": [k for k in sizes if f"enc.{k}x{k}_block0.qkv.weight" in weights],
+        "dropout": 0.0,
+        "augment": rows("map_augment.weight")[1]
+        if "map_augment.weight" in weights
+        else 0,
+        "classes": rows("map_label.weight")[0] - 1
+        if "map_label.weight" in weights
+        else 0,
+    }
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ad4886e6
 def dit_options(weights: dict, channels: int, size: int, heads: int = 4) -> dict:
     "The description of the transformer to which tensors belong; their shapes do not tell the number of heads. Raises InputError if they belong to none."
-    wanted = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
-    if lacking := [name for name in wanted if name not in weights]: raise InputError(f"These weights belong to no DiT: {', '.join(lacking)} missing.")
+    wanted = (
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
+    if lacking := [name for name in wanted if name not in weights]:
+        raise InputError(
+            f"These weights belong to no DiT: {', '.join(lacking)} missing."
+        )
     (width, _, patch, _), classes, hidden = (weights[name].shape for name in wanted)
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return {"name": "dit", "size": size, "channels": channels, "patch": patch, "width": width, "depth": depth, "heads": heads, "mlp_ratio": hidden[0] // width, "classes": classes[0] - 1}
+    return {
+        "name": "dit",
+        "size": size,
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_ratio": hidden[0] // width,
+        "classes": classes[0] - 1,
+    }
 
 # %% ../nbs/3_imagenet/04_published.ipynb #819629f2
 def options_of(numbers: Numbers) -> dict:
     "The description of the network whose weights a file of numbers holds."
-    if numbers.kind == "unet": return unet_options(numbers.weights)
-    return dit_options(numbers.weights, numbers.given["x1"].shape[1], numbers.given["x1"].shape[-1], numbers.meta.get("heads", 4))
+    if numbers.kind == "unet":
+        return unet_options(numbers.weights)
+    return dit_options(
+        numbers.weights,
+        numbers.given["x1"].shape[1],
+        numbers.given["x1"].shape[-1],
+        numbers.meta.get("heads", 4),
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #a871b25e
 def model_of(numbers: Numbers) -> SolutionModel:
     "The model of a file of numbers, with its weights. Raises InputError that names every tensor that does not fit."
     net = build("network", options_of(numbers)).eval()
     fit(net, numbers.weights, numbers.name)
-    return SolutionModel(net, PATHS[numbers.meta["noising"]], COEFFICIENTS[numbers.meta["coefficients"]])
+    return SolutionModel(
+        net, PATHS[numbers.meta["noising"]], COEFFICIENTS[numbers.meta["coefficients"]]
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #80852764
-LIMITS = {"outputs": 2e-6, "fm losses": 1e-6, "fm gradients": 5e-6, "scm losses": 2e-5, "scm gradients": 1e-5, "schedules": 3e-8, "names, shapes": 0.0}
-SHORT = (1e-3, 2e-4)     # where some t - l is below the first, the reference itself is less exact: limit of the gradients of scm
+LIMITS = {
+    "outputs": 2e-6,
+    "fm losses": 1e-6,
+    "fm gradients": 5e-6,
+    "scm losses": 2e-5,
+    "scm gradients": 1e-5,
+    "schedules": 3e-8,
+    "names, shapes": 0.0,
+}
+SHORT = (
+    1e-3,
+    2e-4,
+)  # where some t - l is below the first, the reference itself is less exact: limit of the gradients of scm
+
 
 @dataclass(frozen=True)
 class Compared:
     "One comparison: a row of the table."
+
     file: str
-    network: str            # "unet", "dit", or "any"
-    group: str              # a key of LIMITS
-    what: str               # the tensor
+    network: str  # "unet", "dit", or "any"
+    group: str  # a key of LIMITS
+    what: str  # the tensor
     error: float
     limit: float
+
     @property
-    def ok(self): return self.error <= self.limit
+    def ok(self):
+        return self.error <= self.limit
 
 # %% ../nbs/3_imagenet/04_published.ipynb #79038f37
-def group_of(what: str) -> str:   # name of a result -> key of LIMITS
+def group_of(what: str) -> str:  # name of a result -> key of LIMITS
     kind, _, part = what.partition("/")
-    return "outputs" if what in OUTPUTS else f"{kind} {'gradients' if part.startswith('grad') else 'losses'}"
+    return (
+        "outputs"
+        if what in OUTPUTS
+        else f"{kind} {'gradients' if part.startswith('grad') else 'losses'}"
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #f558b332
 def limit_of(what: str, numbers: Numbers) -> float:
     short = (numbers.given["t"] - numbers.given["l"]).min() < SHORT[0]
-    return SHORT[1] if short and group_of(what) == "scm gradients" else LIMITS[group_of(what)]
+    return (
+        SHORT[1]
+        if short and group_of(what) == "scm gradients"
+        else LIMITS[group_of(what)]
+    )
 
 # %% ../nbs/3_imagenet/04_published.ipynb #0405084b
-def relative(a, b) -> float:   # ours, theirs
+def relative(a, b) -> float:  # ours, theirs
     "Norm of the difference over the norm of the second; infinite where that is zero and the first is not."
     difference, size = (a.double() - b.double()).norm().item(), b.double().norm().item()
     return difference / size if size else 0.0 if difference == 0 else math.inf
 
 # %% ../nbs/3_imagenet/04_published.ipynb #ca230876
-def compared(numbers: Numbers, values: dict) -> list:   # results by name
+def compared(numbers: Numbers, values: dict) -> list:  # results by name
     "A row for each result that the file holds. Raises InputError for a gradient of a parameter that the network does not have."
     rows = []
     for what, theirs in numbers.results.items():
-        if what not in values or values[what].shape != theirs.shape: raise InputError(f"{numbers.name} holds {what} of shape {tuple(theirs.shape)}, but the network has {'no such parameter' if what not in values else f'shape {tuple(values[what].shape)}'}.")
-        rows.append(Compared(numbers.name, numbers.kind, group_of(what), what, relative(values[what], theirs), limit_of(what, numbers)))
+        if what not in values or values[what].shape != theirs.shape:
+            raise InputError(
+                f"{numbers.name} holds {what} of shape {tuple(theirs.shape)}, but the network has {'no such parameter' if what not in values else f'shape {tuple(values[what].shape)}'}."
+            )
+        rows.append(
+            Compared(
+                numbers.name,
+                numbers.kind,
+                group_of(what),
+                what,
+                relative(values[what], theirs),
+                limit_of(what, numbers),
+            )
+        )
     return rows
 
 # %% ../nbs/3_imagenet/04_published.ipynb #58564983
 def write_numbers(path, numbers: Numbers) -> Path:
     "Writes a file of numbers in the format of the public ones, in float32."
     from safetensors.torch import save_file
-    plain = lambda value: (value.float() if value.is_floating_point() else value).detach().contiguous()
-    tensors = {f"weights/{name}": plain(value) for name, value in numbers.weights.items()} | {name: plain(value) for name, value in (numbers.given | numbers.results).items()}
-    with replacing(path) as temporary: save_file(tensors, temporary, {"meta": json.dumps(numbers.meta | {"name": numbers.name})})
+
+    plain = lambda value: (
+        (value.float() if value.is_floating_point() else value).detach().contiguous()
+    )
+    tensors = {
+        f"weights/{name}": plain(value) for name, value in numbers.weights.items()
+    } | {
+        name: plain(value) for name, value in (numbers.given | numbers.results).items()
+    }
+    with replacing(path) as temporary:
+        save_file(
+            tensors,
+            temporary,
+            {"meta": json.dumps(numbers.meta | {"name": numbers.name})},
+        )
     return Path(path)
 
 # %% ../nbs/3_imagenet/04_published.ipynb #49833409
 def read_json(path: Path) -> dict:
     "A JSON file that holds a dictionary. Raises InputError if it is missing, cut or holds anything else."
-    try: content = json.loads(read_text(path))
-    except ValueError as error: raise InputError(f"{path} is cut or no JSON file ({error}). Copy it again.") from None
-    if not isinstance(content, dict) or not content: raise InputError(f"{path} holds no table of names and values, so it is no file of numbers to compare with.")
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(
+            f"{path} is cut or no JSON file ({error}). Copy it again."
+        ) from None
+    if not isinstance(content, dict) or not content:
+        raise InputError(
+            f"{path} holds no table of names and values, so it is no file of numbers to compare with."
+        )
     return content
 
 # %% ../nbs/3_imagenet/04_published.ipynb #04b6461a
 def schedule_rows(path: Path, content: dict) -> list:
     "r(k, K) for K = 100, and the decay of guidance, against ours: largest absolute differences, in float32."
-    rows, t, one = [], torch.tensor(several(content, "t", len(content["t"]))) if isinstance(content.get("t"), list) else torch.linspace(0, 1, 41), torch.ones(1)
+    rows, t, one = (
+        [],
+        torch.tensor(several(content, "t", len(content["t"])))
+        if isinstance(content.get("t"), list)
+        else torch.linspace(0, 1, 41),
+        torch.ones(1),
+    )
     for key in content:
         kind, _, name = key.partition("/")
-        if key == "t": continue
+        if key == "t":
+            continue
         if kind == "r":
-            schedule = build("schedule", {"name": choice({key: name}, key, SCHEDULES), "r_end": 0.002} | ({} if name == "Const" else {"r_init": 0.1}))
-            own = torch.cat([1 - towards(one, 0 * one, schedule(k / 100)) for k in range(0, 101, 10)])
-        elif kind == "guidance_decay": own = GuidanceScale(decay=number({key: name}, key, 0)).kappa(t)
-        else: raise InputError(f"{path} holds {key!r}, but t, r/NAME and guidance_decay/TIME were expected.")
-        rows.append(Compared(path.stem, "any", "schedules", key, (own - torch.tensor(several(content, key, len(own)))).abs().max().item(), LIMITS["schedules"]))
+            schedule = build(
+                "schedule",
+                {"name": choice({key: name}, key, SCHEDULES), "r_end": 0.002}
+                | ({} if name == "Const" else {"r_init": 0.1}),
+            )
+            own = torch.cat(
+                [
+                    1 - towards(one, 0 * one, schedule(k / 100))
+                    for k in range(0, 101, 10)
+                ]
+            )
+        elif kind == "guidance_decay":
+            own = GuidanceScale(decay=number({key: name}, key, 0)).kappa(t)
+        else:
+            raise InputError(
+                f"{path} holds {key!r}, but t, r/NAME and guidance_decay/TIME were expected."
+            )
+        rows.append(
+            Compared(
+                path.stem,
+                "any",
+                "schedules",
+                key,
+                (own - torch.tensor(several(content, key, len(own))))
+                .abs()
+                .max()
+                .item(),
+                LIMITS["schedules"],
+            )
+        )
     return rows
 
 # %% ../nbs/3_imagenet/04_published.ipynb #92781662
@@ -493,10 +1154,27 @@ def shape_rows(path: Path, content: dict) -> list:
     "For each published model the number of tensors whose name or shape differs from ours."
     rows = []
     for name, tensors in content.items():
-        if not isinstance(tensors, dict) or not all(isinstance(shape, list) for shape in tensors.values()): raise InputError(f"{path}: {name} holds no table of shapes by name.")
-        network, theirs = choice({"model": name}, "model", NETWORKS), {(own_name(tensor), tuple(shape)) for tensor, shape in tensors.items()}
-        wrong = theirs ^ {(tensor, tuple(value.shape)) for tensor, value in expected(network).items()}
-        rows.append(Compared(path.stem, network["name"], "names, shapes", f"{name}, {len(tensors)} tensors", float(len(wrong)), LIMITS["names, shapes"]))
+        if not isinstance(tensors, dict) or not all(
+            isinstance(shape, list) for shape in tensors.values()
+        ):
+            raise InputError(f"{path}: {name} holds no table of shapes by name.")
+        network, theirs = (
+            choice({"model": name}, "model", NETWORKS),
+            {(own_name(tensor), tuple(shape)) for tensor, shape in tensors.items()},
+        )
+        wrong = theirs ^ {
+            (tensor, tuple(value.shape)) for tensor, value in expected(network).items()
+        }
+        rows.append(
+            Compared(
+                path.stem,
+                network["name"],
+                "names, shapes",
+                f"{name}, {len(tensors)} tensors",
+                float(len(wrong)),
+                LIMITS["names, shapes"],
+            )
+        )
     return rows
 
 # %% ../nbs/3_imagenet/04_published.ipynb #56f59e16
@@ -504,25 +1182,53 @@ def file_rows(path: Path) -> list:
     "The rows of one file of any of the three kinds. Raises InputError for a file of none of them."
     if path.suffix == ".json":
         content = read_json(path)
-        return schedule_rows(path, content) if any(key == "t" or "/" in key for key in content) else shape_rows(path, content)
+        return (
+            schedule_rows(path, content)
+            if any(key == "t" or "/" in key for key in content)
+            else shape_rows(path, content)
+        )
     numbers = read_numbers(path)
-    if numbers.guided and not {"labels", "cfg_mask"} <= numbers.given.keys(): raise InputError(f"{path} asks for guidance (guidance_scale {numbers.meta['guidance_scale']:g}), but holds no labels to guide by.")
+    if numbers.guided and not {"labels", "cfg_mask"} <= numbers.given.keys():
+        raise InputError(
+            f"{path} asks for guidance (guidance_scale {numbers.meta['guidance_scale']:g}), but holds no labels to guide by."
+        )
     return compared(numbers, ours(numbers, model_of(numbers)))
 
 # %% ../nbs/3_imagenet/04_published.ipynb #aeaee867
-def parity(paths,                     # a file or a folder of numbers, or several of them
-           only: str | None = None,   # "unet" or "dit": files of the other network are left out
-           ) -> list:
+def parity(
+    paths,  # a file or a folder of numbers, or several of them
+    only: str | None = None,  # "unet" or "dit": files of the other network are left out
+) -> list:
     "Compares everything in files of numbers with ours, in float32 on one thread: a Compared for each tensor. Raises InputError for a file that is missing, damaged or of another format, and if there is nothing to compare."
-    if only not in (None, "unet", "dit"): raise unknown("network", only, ("unet", "dit"))
+    if only not in (None, "unet", "dit"):
+        raise unknown("network", only, ("unet", "dit"))
     files, rows = [], []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
-        inside = sorted(file for file in path.glob("*") if file.suffix in (".safetensors", ".json")) if path.is_dir() else [path]
-        if not inside: raise InputError(f"The folder {path} holds no file of numbers (.safetensors, .json). Check the name.")
+        inside = (
+            sorted(
+                file
+                for file in path.glob("*")
+                if file.suffix in (".safetensors", ".json")
+            )
+            if path.is_dir()
+            else [path]
+        )
+        if not inside:
+            raise InputError(
+                f"The folder {path} holds no file of numbers (.safetensors, .json). Check the name."
+            )
         files += inside
     with one_thread():
-        for file in files: rows += [row for row in file_rows(file) if only in (None, row.network) or row.network == "any"]
-    if not rows: raise InputError(f"There is nothing to compare{f' of the network {only}' if only else ''} in {', '.join(map(str, files)) or 'an empty list of files'}.")
+        for file in files:
+            rows += [
+                row
+                for row in file_rows(file)
+                if only in (None, row.network) or row.network == "any"
+            ]
+    if not rows:
+        raise InputError(
+            f"There is nothing to compare{f' of the network {only}' if only else ''} in {', '.join(map(str, files)) or 'an empty list of files'}."
+        )
     return rows
 
 # %% ../nbs/3_imagenet/04_published.ipynb #bd20e71a
@@ -534,12 +1240,42 @@ def passed(rows: list) -> bool:
 def parity_table(rows: list) -> str:
     "A line for each file and group of tensors with the largest error and its limit, then every tensor above its limit, then the counts."
     groups = {}
-    for row in rows: groups.setdefault((row.file, row.what if row.group in ("schedules", "names, shapes") else row.group), []).append(row)
+    for row in rows:
+        groups.setdefault(
+            (
+                row.file,
+                row.what if row.group in ("schedules", "names, shapes") else row.group,
+            ),
+            [],
+        ).append(row)
     width = max(len(file) for file, _ in groups) + 2
-    lines = [f"{'file':{width}s}{'what':26s}{'tensors':>8s}{'worst error':>13s}{'limit':>10s}"]
+    lines = [
+        f"{'file':{width}s}{'what':26s}{'tensors':>8s}{'worst error':>13s}{'limit':>10s}"
+    ]
     for (file, what), part in groups.items():
-        worst = max(part, key=lambda row: (not row.ok, math.inf if math.isnan(row.error) else row.error / row.limit if row.limit else row.error))
-        lines.append(f"{file:{width}s}{what:26s}{len(part):8d}{worst.error:13.1e}{worst.limit:10.1e}  {'equal' if worst.ok else 'ABOVE ITS LIMIT'}")
+        worst = max(
+            part,
+            key=lambda row: (
+                not row.ok,
+                math.inf
+                if math.isnan(row.error)
+                else row.error / row.limit
+                if row.limit
+                else row.error,
+            ),
+        )
+        lines.append(
+            f"{file:{width}s}{what:26s}{len(part):8d}{worst.error:13.1e}{worst.limit:10.1e}  {'equal' if worst.ok else 'ABOVE ITS LIMIT'}"
+        )
     above = [row for row in rows if not row.ok]
-    lines += [""] * bool(above) + [f"{row.file}: {row.what} is off by {row.error:.2e}, limit {row.limit:.1e}" for row in above]
-    return "\n".join([*lines, "", f"{len(rows)} comparisons: {len(rows) - len(above)} within their limits, {len(above)} above."])
+    lines += [""] * bool(above) + [
+        f"{row.file}: {row.what} is off by {row.error:.2e}, limit {row.limit:.1e}"
+        for row in above
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(rows)} comparisons: {len(rows) - len(above)} within their limits, {len(above)} above.",
+        ]
+    )

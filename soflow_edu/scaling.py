@@ -21,11 +21,16 @@ from .dit import DiT, multiply_adds
 from .guidance import Guided
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #334638ef
-def evaluations(objective) -> float:   # SoFlow, or its description
+def evaluations(objective) -> float:  # SoFlow, or its description
     "Forward evaluations of one sample in a training step, on average; a backward pass counts as two. Raises InputError for other objectives."
     o = build("objective", objective)
-    if type(o) is not SoFlow: raise InputError(f"The evaluations of {type(o).__name__} are not known here, only those of SoFlow.")
-    more = (1 if o.target.m == 1 else 2) if isinstance(o.target, Guided) else 0       # without the label, and with it
+    if type(o) is not SoFlow:
+        raise InputError(
+            f"The evaluations of {type(o).__name__} are not known here, only those of SoFlow."
+        )
+    more = (
+        (1 if o.target.m == 1 else 2) if isinstance(o.target, Guided) else 0
+    )  # without the label, and with it
     own = isinstance(o.target, OwnVelocity)
     velocity, solution = 3 + min(more, 1), 3 + o.jumps + more + own
     return o.lam * velocity + (1 - o.lam) * solution
@@ -34,104 +39,200 @@ def evaluations(objective) -> float:   # SoFlow, or its description
 def step_flops(config: Config) -> float:
     "Floating-point operations of a training step of a transformer; a multiply-add counts as two. Raises InputError for other networks and objectives."
     options = dit_options(config.network)
-    return 2.0 * sum(multiply_adds(options).values()) * (evaluations(config.objective) + options["checkpointing"]) * config.batch
+    return (
+        2.0
+        * sum(multiply_adds(options).values())
+        * (evaluations(config.objective) + options["checkpointing"])
+        * config.batch
+    )
+
 
 def dit_options(network) -> dict:
     "All options of a described transformer. Raises InputError for another network."
-    with torch.device("meta"): net = build("network", network)
-    if not isinstance(net, DiT): raise InputError(f"Work and memory are counted for transformers, but the network is {type(net).__name__}. Take a configuration whose network is a dit.")
+    with torch.device("meta"):
+        net = build("network", network)
+    if not isinstance(net, DiT):
+        raise InputError(
+            f"Work and memory are counted for transformers, but the network is {type(net).__name__}. Take a configuration whose network is a dit."
+        )
     return net.options
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #ba75e357
-def kept_bytes(network, batch: int, bfloat16: bool = False) -> int:   # description of a transformer
+def kept_bytes(
+    network, batch: int, bfloat16: bool = False
+) -> int:  # description of a transformer
     "Bytes that an evaluation keeps for its backward pass, weights apart; copies of weights in bfloat16 count."
     return traced(json.dumps(network), batch, bfloat16)
 
-@cache                                                                  # a table asks for the same networks again and again
-def traced(network: str, batch: int, bfloat16: bool) -> int:            # network: as JSON
+
+@cache  # a table asks for the same networks again and again
+def traced(network: str, batch: int, bfloat16: bool) -> int:  # network: as JSON
     "`kept_bytes`, once a process for each network."
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = build("network", json.loads(network))
-        own, kept, alive, o = {p.untyped_storage()._cdata for p in net.parameters()}, {}, [], net.options
+        own, kept, alive, o = (
+            {p.untyped_storage()._cdata for p in net.parameters()},
+            {},
+            [],
+            net.options,
+        )
+
         def pack(x):
             key = x.untyped_storage()._cdata
-            if key not in own: kept[key] = x.untyped_storage().nbytes()
-            alive.append(x)                                             # so that no other takes its place
+            if key not in own:
+                kept[key] = x.untyped_storage().nbytes()
+            alive.append(x)  # so that no other takes its place
             return x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            net(torch.randn(batch, o["channels"], o["size"], o["size"]), torch.rand(batch), torch.rand(batch))
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        ):
+            net(
+                torch.randn(batch, o["channels"], o["size"], o["size"]),
+                torch.rand(batch),
+                torch.rand(batch),
+            )
     return sum(kept.values())
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #301731d6
 @dataclass(frozen=True)
 class Memory:
     "Bytes on one GPU during a training step."
-    state: float       # weights, gradients, moments, average
-    copies: float      # of the weights, in bfloat16
+
+    state: float  # weights, gradients, moments, average
+    copies: float  # of the weights, in bfloat16
     activations: float
 
     @property
-    def total(self) -> float: return self.state + self.copies + self.activations
+    def total(self) -> float:
+        return self.state + self.copies + self.activations
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #aad3d64a
-def step_memory(config: Config, batch: int) -> Memory:   # samples on one GPU at a time
+def step_memory(config: Config, batch: int) -> Memory:  # samples on one GPU at a time
     "What a training step needs, but for what comes and goes."
     check_least("A training step", {"batch": (batch, 1)})
-    with torch.device("meta"): weights = sum(p.numel() for p in build("network", config.network).parameters())
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in build("network", config.network).parameters())
     options, half = dit_options(config.network), config.precision != "float32"
-    kept = lambda again: [kept_bytes(options | {"name": "dit", "checkpointing": again}, n, half) for n in (1, 2)]
+    kept = lambda again: [
+        kept_bytes(options | {"name": "dit", "checkpointing": again}, n, half)
+        for n in (1, 2)
+    ]
     one, two = kept(options["checkpointing"])
     each = two - one
-    if options["checkpointing"]: each += (kept(False)[1] - kept(False)[0] - each) / options["depth"]      # the block that is computed again
+    if options["checkpointing"]:
+        each += (kept(False)[1] - kept(False)[0] - each) / options[
+            "depth"
+        ]  # the block that is computed again
     return Memory(weights * (4 + 4 + 8 + 4), 2 * one - two, each * batch)
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #9bc73e22
 @dataclass(frozen=True)
 class Machine:
     "A GPU, as its data sheet has it."
-    name: str
-    flops: float     # of dense products in bfloat16, a second
-    memory: float    # bytes
 
-MACHINES = {"H100": Machine("H100", 989e12, 80e9), "A100": Machine("A100", 312e12, 80e9), "RTX 4090": Machine("RTX 4090", 165e12, 24e9)}
+    name: str
+    flops: float  # of dense products in bfloat16, a second
+    memory: float  # bytes
+
+
+MACHINES = {
+    "H100": Machine("H100", 989e12, 80e9),
+    "A100": Machine("A100", 312e12, 80e9),
+    "RTX 4090": Machine("RTX 4090", 165e12, 24e9),
+}
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #3bdd115f
-def plan_table(machine: str = "H100", gpus=(1, 8, 64), share: float = 0.3) -> str:   # share: of the peak that is reached, a guess
+def plan_table(
+    machine: str = "H100", gpus=(1, 8, 64), share: float = 0.3
+) -> str:  # share: of the peak that is reached, a guess
     "Hours of the published runs, and whether a GPU holds its share of the batch, in bfloat16. Raises InputError for an unknown machine."
-    if machine not in MACHINES: raise unknown("machine", machine, MACHINES)
-    if not 0 < share <= 1: raise InputError(f"share is {share}, but must lie in (0, 1].")
-    lines, one = [f"{machine}, {share:.0%} of {MACHINES[machine].flops / 1e12:.0f} TFLOP/s"], MACHINES[machine]
-    lines.append(f"{'':10s}" + "".join(f"{count:>8d} GPU{'s' if count > 1 else ' '}{'GB each':>9s}" for count in gpus))
+    if machine not in MACHINES:
+        raise unknown("machine", machine, MACHINES)
+    if not 0 < share <= 1:
+        raise InputError(f"share is {share}, but must lie in (0, 1].")
+    lines, one = (
+        [f"{machine}, {share:.0%} of {MACHINES[machine].flops / 1e12:.0f} TFLOP/s"],
+        MACHINES[machine],
+    )
+    lines.append(
+        f"{'':10s}"
+        + "".join(
+            f"{count:>8d} GPU{'s' if count > 1 else ' '}{'GB each':>9s}"
+            for count in gpus
+        )
+    )
     for name, rung in PUBLISHED.items():
-        if not name.startswith("DiT"): continue
+        if not name.startswith("DiT"):
+            continue
         config, cells = replace(load_config(rung), precision="bfloat16"), ""
         for count in gpus:
             parts = step_memory(config, config.batch // count)
-            hours, need = step_flops(config) * config.steps / (count * one.flops * share) / 3600, parts.total + (count > 1) * parts.state / 5     # several hold gradients twice
+            hours, need = (
+                step_flops(config) * config.steps / (count * one.flops * share) / 3600,
+                parts.total + (count > 1) * parts.state / 5,
+            )  # several hold gradients twice
             cells += f"{hours:10,.1f} h{need / 1e9:8.0f}{' ' if need < 0.9 * one.memory else '!'}"
         lines.append(f"{name:10s}{cells}")
-    return "\n".join(lines + ["!: more than nine tenths of its memory; take more micro-batches (accumulate), or checkpointing"])
+    return "\n".join(
+        lines
+        + [
+            "!: more than nine tenths of its memory; take more micro-batches (accumulate), or checkpointing"
+        ]
+    )
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #8a85956c
 def rescaled(config: Config, batch: int) -> Config:
     "A configuration with another batch that sees as many pictures: fewer or more steps, the learning rate by the square root, the average with the same half-life in pictures. Raises InputError for a run without a number of steps."
     check_least("A configuration", {"batch": (batch, 1)})
-    if not config.steps: raise InputError("This configuration has no number of steps but a budget of time, so there is no number of pictures to keep. Give steps.")
+    if not config.steps:
+        raise InputError(
+            "This configuration has no number of steps but a budget of time, so there is no number of pictures to keep. Give steps."
+        )
     k = batch / config.batch
-    return replace(config, batch=batch, steps=max(1, round(config.steps / k)), learning_rate=config.learning_rate * k**0.5, ema=config.ema**k, warmup=round(config.warmup / k))
+    return replace(
+        config,
+        batch=batch,
+        steps=max(1, round(config.steps / k)),
+        learning_rate=config.learning_rate * k**0.5,
+        ema=config.ema**k,
+        warmup=round(config.warmup / k),
+    )
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #7e8dea7a
-def launch_text(name: str, gpus: int = 8, per_node: int = 8, out: str = "") -> str:   # of a configuration
+def launch_text(
+    name: str, gpus: int = 8, per_node: int = 8, out: str = ""
+) -> str:  # of a configuration
     "The commands that train a configuration on so many GPUs: torchrun and accelerate on one machine, a Slurm script for several. Raises InputError for GPUs that do not fill the machines, or cannot share the batch."
     config, out = load_config(name), out or f"runs/{Path(name).stem}"
-    if gpus < 1 or per_node < 1 or gpus > per_node and gpus % per_node: raise InputError(f"{gpus} GPUs were asked for with {per_node} in a machine. Ask for fewer than that, or for a multiple.")
-    if config.batch % (gpus * config.accumulate): raise InputError(f"A batch of {config.batch} in {config.accumulate} micro-batches cannot be shared by {gpus} GPUs. Take a number that divides it.")
+    if gpus < 1 or per_node < 1 or gpus > per_node and gpus % per_node:
+        raise InputError(
+            f"{gpus} GPUs were asked for with {per_node} in a machine. Ask for fewer than that, or for a multiple."
+        )
+    if config.batch % (gpus * config.accumulate):
+        raise InputError(
+            f"A batch of {config.batch} in {config.accumulate} micro-batches cannot be shared by {gpus} GPUs. Take a number that divides it."
+        )
     program = shlex.join(["train", name, "--out", out, "--resume"])
-    if gpus == 1: return f"soflow {program}"
-    if gpus <= per_node: return f"torchrun --standalone --nproc-per-node {gpus} -m soflow_edu {program}\naccelerate launch --num_processes {gpus} -m soflow_edu {program}"
-    return "\n".join(["#!/bin/bash", f"#SBATCH --job-name={Path(name).stem}", f"#SBATCH --nodes={gpus // per_node}", "#SBATCH --ntasks-per-node=1", f"#SBATCH --gpus-per-node={per_node}", "#SBATCH --cpus-per-task=64", "#SBATCH --time=24:00:00",
-                      "# What follows the last checkpoint is lost at the end of the time. Submit the script again: --resume goes on.",
-                      "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-                      'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-                      f"srun torchrun --nnodes {gpus // per_node} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $MASTER_ADDR:29500 -m soflow_edu {program}"])
+    if gpus == 1:
+        return f"soflow {program}"
+    if gpus <= per_node:
+        return f"torchrun --standalone --nproc-per-node {gpus} -m soflow_edu {program}\naccelerate launch --num_processes {gpus} -m soflow_edu {program}"
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"#SBATCH --job-name={Path(name).stem}",
+            f"#SBATCH --nodes={gpus // per_node}",
+            "#SBATCH --ntasks-per-node=1",
+            f"#SBATCH --gpus-per-node={per_node}",
+            "#SBATCH --cpus-per-task=64",
+            "#SBATCH --time=24:00:00",
+            "# What follows the last checkpoint is lost at the end of the time. Submit the script again: --resume goes on.",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            f"srun torchrun --nnodes {gpus // per_node} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $MASTER_ADDR:29500 -m soflow_edu {program}",
+        ]
+    )

@@ -243,10 +243,9 @@ class SolutionModel(ReadOut):
 
     def spec(self) -> dict[str, Any]:
         "The description from which the model can be built again."
-        parts = {"path": self.path, "coefficients": self.coefficients}
-        described = {name: describe(part) for name, part in parts.items()}
-        network: Any = self.net
-        return {"network": network.spec()} | described
+        parts = {"network": self.net, "path": self.path}
+        parts |= {"coefficients": self.coefficients}
+        return {name: describe(part) for name, part in parts.items()}
 
 
 # %% ../nbs/1_plane/06_solution.ipynb #e8a317c4
