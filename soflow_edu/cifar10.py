@@ -389,8 +389,9 @@ def check_kinds(
 # %% ../nbs/2_images/04_cifar10.ipynb #2a264f67
 def is_class(label: object) -> bool:
     "Whether a label is a whole number of a class; True and False are none."
-    whole = isinstance(label, int) and not isinstance(label, bool)
-    return whole and 0 <= label < len(CLASSES)
+    if not isinstance(label, int) or isinstance(label, bool):
+        return False
+    return 0 <= label < len(CLASSES)
 
 
 def check_labels(labels: dict[int, object], where: str):  # by row

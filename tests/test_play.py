@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_browser import BROWSER, CHROMIUM, READY
 
 from soflow_edu import play
 from soflow_edu.cifar10 import load_weights
@@ -18,6 +17,7 @@ from soflow_edu.odes import ExactFlow, integrate
 from soflow_edu.paths import LinearPath
 from soflow_edu.play import page, runtime_folder, to_onnx, write_page
 from soflow_edu.solution import SolutionModel
+from test_browser import BROWSER, CHROMIUM, READY
 
 QUESTIONS = 40
 
