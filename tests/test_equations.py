@@ -29,24 +29,17 @@ def numbers() -> list[str]:
     return [equation.number for equation in DISPLAYED]
 
 
-def exported_module(path) -> str:
-    "The module that a chapter exports, or an empty string."
-    text = path.read_text(encoding="utf-8")
-    found = re.search(r"#\| default_exp (\w+)", text)
-    return found[1] if found else ""
-
-
 def module_code(module: str) -> str:
     path = ROOT / "soflow_edu" / f"{module}.py"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def modules_of(equation: equations.Equation) -> set[str]:
-    "The module of its chapter, and those of its symbols."
+def code_of(equation: equations.Equation) -> str:
+    "The code of its chapter, and of the modules of its symbols."
     symbols = ROWS.get(equation.number, {}).get("symbols", [])
-    found = {symbol.partition(".")[0] for symbol in symbols}
-    found.add(exported_module(equation.chapter))
-    return found
+    modules = {symbol.partition(".")[0] for symbol in symbols}
+    parts = [module_code(module) for module in modules]
+    return "\n".join([equations.code_of(equation.chapter), *parts])
 
 
 # --------------------------------------------------------------- chapters and the list
@@ -97,11 +90,10 @@ def test_symbols_exist(number):
 
 # ------------------------------------------------------------------------- in the code
 def test_code_names_every_equation():
-    "In the module of its chapter, or in that of one of its symbols."
+    "In its chapter, or in the module of one of its symbols."
     unnamed = []
     for equation in DISPLAYED:
-        code = "\n".join(module_code(module) for module in modules_of(equation))
-        if equation.number not in equations.named_in(code):
+        if equation.number not in equations.named_in(code_of(equation)):
             unnamed.append(equation.number)
     assert not unnamed, f"no code says eq. {', '.join(unnamed)}"
 
