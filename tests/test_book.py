@@ -108,14 +108,32 @@ def test_chapter_has_its_parts(path):
     assert pictures(path), "no figure"
 
 
+def solutions(path: Path) -> list[str]:
+    "The code of each folded solution; cells with nothing between are one solution."
+    found = []
+    goes_on = False
+    for cell in book.read(path).cells:
+        is_solution = "solution" in book.tags(cell)
+        if is_solution and goes_on:
+            found[-1] += "\n" + cell.source
+        elif is_solution:
+            found.append(cell.source)
+        goes_on = is_solution
+    return found
+
+
 @every([path for path in CHAPTERS if path.stem != "00_start"])
 def test_chapter_ends_with_three_exercises_whose_solutions_check_themselves(path):
-    cells = book.read(path).cells
-    solutions = [cell for cell in cells if "solution" in book.tags(cell)]
-    assert len(solutions) == 3
-    for cell in solutions:
-        assert cell.metadata.jupyter.source_hidden
-        assert "assert" in cell.source or "raise AssertionError" in cell.source
+    assert len(solutions(path)) == 3
+    for code in solutions(path):
+        assert "assert" in code or "raise AssertionError" in code
+
+
+@every(CHAPTERS)
+def test_solutions_are_folded(path):
+    for cell in book.read(path).cells:
+        if "solution" in book.tags(cell):
+            assert cell.metadata.jupyter.source_hidden
 
 
 @every([path for path in CHAPTERS if "default_exp" in path.read_text(encoding="utf-8")])
