@@ -134,6 +134,7 @@ def test_solutions_are_folded(path):
     for cell in book.read(path).cells:
         if "solution" in book.tags(cell):
             assert cell.metadata.jupyter.source_hidden
+            assert cell.metadata.jupyter.outputs_hidden
 
 
 @every([path for path in CHAPTERS if "default_exp" in path.read_text(encoding="utf-8")])
