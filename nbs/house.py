@@ -16,7 +16,7 @@ from pathlib import Path
 CODE_WIDTH = 88
 OUTPUT_WIDTH = 100
 MOST_STATEMENTS = 25
-MEDIAN_STATEMENTS = 6
+MEDIAN_STEPS = 6
 MOST_EXPORTED_IN_A_ROW = 3
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 CHECKS = ("assert", "refusal(", "show(", "print(", "display(")
@@ -149,15 +149,22 @@ def broken_rules(cell: Cell) -> Iterator[Finding]:
                 yield Finding(cell.place, node.lineno, rule)
 
 
-def is_docstring(node: ast.AST) -> bool:
+def statements(cell: Cell) -> int:
+    "Statements of a cell, at all depths."
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(cell.tree()))
+
+
+def is_free(node: ast.stmt) -> bool:
+    "Imports and docstrings, which ask nothing of a reader."
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return True
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def statements(cell: Cell) -> int:
-    "Statements of a cell at all depths; docstrings and imports do not count."
-    free = (ast.Import, ast.ImportFrom)
+def steps(cell: Cell) -> int:
+    "Statements of a cell without imports and docstrings."
     found = [node for node in ast.walk(cell.tree()) if isinstance(node, ast.stmt)]
-    return sum(not isinstance(node, free) and not is_docstring(node) for node in found)
+    return sum(not is_free(node) for node in found)
 
 
 def defines(cell: Cell) -> bool:
@@ -178,23 +185,21 @@ def followed(cells: list[Cell]) -> list[bool]:
 
 
 def unchecked_runs(cells: list[Cell]) -> Iterator[tuple[Cell, int]]:
-    "Each exported definition, and how many stand in a row there without a check."
+    "Each exported cell, and how many stand in a row there without another between."
     run = 0
     for cell in cells:
-        if defines(cell):
-            run += 1
+        run = run + 1 if cell.exported else 0
+        if cell.exported:
             yield cell, run
-        elif checks(cell):
-            run = 0
 
 
 def longest_run(cells: list[Cell]) -> int:
-    "The most exported definitions in a row without a check between."
+    "The most exported cells in a row."
     return max((run for _, run in unchecked_runs(cells)), default=0)
 
 
 def too_many_in_a_row(cells: list[Cell]) -> Iterator[Finding]:
-    "Exported definitions that come after three others without a check between."
+    "Exported cells that come after three others."
     for cell, run in unchecked_runs(cells):
         if run > MOST_EXPORTED_IN_A_ROW:
             yield Finding(cell.place, 1, "more than three exported cells in a row")
@@ -204,13 +209,13 @@ def notebook_findings(path: Path, root: Path) -> Iterator[Finding]:
     "What a notebook breaks as a whole: sizes of cells, checks, printed lines."
     cells = cells_of(path, root)
     place = path.relative_to(root).as_posix()
-    sizes = [statements(cell) for cell in cells]
-    for cell, size in zip(cells, sizes, strict=True):
+    for cell in cells:
+        size = statements(cell)
         hidden_tests = "### BEGIN HIDDEN TESTS" in cell.source  # one cell a question
         if size > MOST_STATEMENTS and not hidden_tests:
             yield Finding(cell.place, 1, f"{size} statements in a cell")
-    if sizes and statistics.median(sizes) > MEDIAN_STATEMENTS:
-        median = statistics.median(sizes)
+    median = statistics.median([steps(cell) for cell in cells])
+    if median > MEDIAN_STEPS:
         yield Finding(place, 0, f"a median of {median} statements a cell")
     yield from too_many_in_a_row(cells)
     for line in printed_lines(path):
