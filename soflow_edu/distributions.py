@@ -158,18 +158,8 @@ class PosteriorLaw:
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #65439911
-class Distribution(PosteriorLaw):
-    """A law of data with class labels whose posterior means are closed forms.
-
-    Methods take x (B, ...), t (B,) or a number in [0, 1], a path, and optionally
-    labels y (B,); then the law is that of the class.
-    All raise InputError for shapes, times or labels that do not fit."""
-
-    def sample(
-        self, n: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # points (n, ...), labels (n,)
-        "Points drawn from the law, and their classes."
-        raise NotImplementedError
+class GuidedLaw(PosteriorLaw):
+    "The velocity of a law, from its two posterior means."
 
     def guided_moments(
         self,
@@ -204,6 +194,21 @@ class Distribution(PosteriorLaw):
         m0, m1 = self.guided_moments(x, t, path, y, w)
         t = expand(like(t, x), x)
         return path.dalpha(t) * m0 + path.dbeta(t) * m1  # eq. 1.3.1
+
+
+# %% ../nbs/1_plane/03_distributions.ipynb #ea0514be
+class Distribution(GuidedLaw):
+    """A law of data with class labels whose posterior means are closed forms.
+
+    Methods take x (B, ...), t (B,) or a number in [0, 1], a path, and optionally
+    labels y (B,); then the law is that of the class.
+    All raise InputError for shapes, times or labels that do not fit."""
+
+    def sample(
+        self, n: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # points (n, ...), labels (n,)
+        "Points drawn from the law, and their classes."
+        raise NotImplementedError
 
     def posterior_mean(
         self, x: torch.Tensor, t, path: Path, y: torch.Tensor | None = None
@@ -480,6 +485,26 @@ def checked_points(points, labels, weights) -> tuple[torch.Tensor, ...]:
     return points, labels, weights
 
 
+# %% ../nbs/1_plane/03_distributions.ipynb #c5a94639
+def check_not_singular(beta: torch.Tensor) -> None:
+    "Raises InputError where the path has no noise."
+    if not (beta > 0).all():
+        message = (
+            "The velocity of a finite set is singular at t = 0. Stop at t = 0.001 "
+            "and take the posterior mean, as ExactFlow does."
+        )
+        raise InputError(message)
+
+
+def half_square(
+    rows: torch.Tensor,  # (B, D)
+    beta: torch.Tensor,  # (B, 1)
+) -> torch.Tensor:  # (B, 1)
+    "Minus what all points share in the logarithm of a Gaussian density."
+    norm = (2 * torch.pi * beta**2).log()
+    return 0.5 * ((rows**2).sum(1, True) / beta**2 + rows.shape[1] * norm)
+
+
 # %% ../nbs/1_plane/03_distributions.ipynb #e020193a
 class FiniteSet(Distribution):
     """Points of any shape, each with its weight: the law that a data set itself is.
@@ -514,12 +539,7 @@ class FiniteSet(Distribution):
         rows = x.flatten(1).double()
         a = path.alpha(t.double())[:, None]
         b = path.beta(t.double())[:, None]
-        if not (b > 0).all():
-            message = (
-                "The velocity of a finite set is singular at t = 0. Stop at t = 0.001 "
-                "and take the posterior mean, as ExactFlow does."
-            )
-            raise InputError(message)
+        check_not_singular(b)
         running = running_mean(
             query_rows(rows, a, b),
             self.points,
@@ -533,10 +553,7 @@ class FiniteSet(Distribution):
         share = (
             1.0 if y is None else class_weight(self.weights.to(rows), self.labels, y)
         )
-        norm = (rows**2).sum(1, True) / b**2 + rows.shape[1] * (
-            2 * torch.pi * b**2
-        ).log()
-        log_density = running.log_sum(share) - 0.5 * norm
+        log_density = running.log_sum(share) - half_square(rows, b)
         return m0.view_as(x).to(x), score.view_as(x).to(x), log_density[:, 0].to(x)
 
 

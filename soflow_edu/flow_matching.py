@@ -87,6 +87,19 @@ def label_or_none(
     return torch.full_like(t, classes, dtype=torch.long)
 
 
+# %% ../nbs/1_plane/05_flow_matching.ipynb #64226d01
+def wave_features(
+    x: torch.Tensor,  # (B, dim)
+    t: torch.Tensor,  # (B,)
+    d: torch.Tensor,  # (B,)
+    options: dict[str, Any],  # of the network
+) -> tuple[torch.Tensor, torch.Tensor]:  # of x and of the times, (B, columns) each
+    "Sines and cosines of the points and of the two times."
+    points = waves(x, options["x_waves"], options["x_base"])
+    times = waves(torch.stack([t, d], 1), options["t_waves"], math.pi)
+    return points, times
+
+
 # %% ../nbs/1_plane/05_flow_matching.ipynb #dd465189
 @register("network", "mlp")
 class MLP(nn.Module):
@@ -134,8 +147,7 @@ class MLP(nn.Module):
         y: torch.Tensor | None = None,  # (B,) classes
     ) -> torch.Tensor:  # (B, dim)
         check_points(x, y, self.options)
-        times = waves(torch.stack([t, d], 1), self.options["t_waves"], math.pi)
-        points = waves(x, self.options["x_waves"], self.options["x_base"])
+        points, times = wave_features(x, t, d, self.options)
         h = self.inlet(torch.cat([points, times], 1))
         if self.labels is not None:
             h = h + self.labels(label_or_none(y, t, self.classes))
@@ -240,14 +252,14 @@ class FlowMatching:
 
     def loss(
         self,
-        model: Any,  # has .path and .velocity(x, t, y)
+        model: Any,  # has .path and .velocity_at(x, t, y)
         batch: Batch,
         draws: Draws,
         progress: float,
     ) -> Loss:
         x0 = batch.x0 if draws.x0 is None else draws.x0
         xt, v = model.path.interpolate(x0, draws.x1, draws.t)
-        answer = model.velocity(xt, draws.t, batch.y, **batch.extras)
+        answer = model.velocity_at(xt, draws.t, batch.y, **batch.extras)
         error = mse(answer, v)
         w = adaptive_weight(error, self.p, self.eps)
         value = (w * error).mean()  # eq. 1.5.2

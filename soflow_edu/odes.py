@@ -118,6 +118,22 @@ class IntegrationError(InputError):
     "An equation could not be solved: the velocity is too stiff or not finite."
 
 
+# %% ../nbs/1_plane/04_odes.ipynb #b96da243
+def failure_of(
+    method: str,  # the solver
+    evaluations: int,  # so far
+    now: torch.Tensor,  # (B,) the times reached
+    why: str,
+) -> IntegrationError:  # to be raised by the caller
+    "The error that tells where integrating failed."
+    return IntegrationError(
+        f"Integrating with {method!r} failed after {evaluations:,} "
+        f"evaluations, between times {now.min():.4g} and {now.max():.4g}: {why}. "
+        "The velocity may be stiff or singular there: end at a later time, "
+        "use a larger rtol, or work in float64."
+    )
+
+
 # %% ../nbs/1_plane/04_odes.ipynb #44496ef9
 @dataclass
 class Guarded:
@@ -152,14 +168,8 @@ class Guarded:
         return expand(self.s - self.t, x) * v
 
     def failure(self, why: str) -> IntegrationError:  # to be raised by the caller
-        "The error that tells where integrating failed."
         now = self.t + self.u * (self.s - self.t)
-        return IntegrationError(
-            f"Integrating with {self.method!r} failed after {self.evaluations:,} "
-            f"evaluations, between times {now.min():.4g} and {now.max():.4g}: {why}. "
-            "The velocity may be stiff or singular there: end at a later time, "
-            "use a larger rtol, or work in float64."
-        )
+        return failure_of(self.method, self.evaluations, now, why)
 
 
 # %% ../nbs/1_plane/04_odes.ipynb #5176c8c7

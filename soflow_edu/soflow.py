@@ -126,7 +126,7 @@ class OwnVelocity(Conditional):
     "The model's own velocity for the step."
 
     def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
-        return model.velocity(rows.xt, rows.t, rows.y, **rows.extras)
+        return model.velocity_at(rows.xt, rows.t, rows.y, **rows.extras)
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #12d417d4

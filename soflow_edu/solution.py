@@ -183,11 +183,8 @@ def inner_precision(
 
 
 # %% ../nbs/1_plane/06_solution.ipynb #e9454ba1
-class SolutionModel(ReadOut):
-    """A learned solution function f(x, t, s), and the velocity field that it implies.
-
-    Shapes: x (B, ...), times (B,) or numbers with 0 <= s <= t <= 1, labels (B,).
-    Raises InputError for times or shapes that do not fit. (SoFlow, section 3.)"""
+class AskedNetwork(ReadOut):
+    "A network with a path and coefficients, and its output F."
 
     def __init__(
         self,
@@ -216,6 +213,14 @@ class SolutionModel(ReadOut):
             out = self.net(x, t, t - s, *labels, **extras)
         return out if out.dtype == torch.float64 else out.float()
 
+
+# %% ../nbs/1_plane/06_solution.ipynb #ba4a8fa8
+class SolutionModel(AskedNetwork):
+    """A learned solution function f(x, t, s), and the velocity field that it implies.
+
+    Shapes: x (B, ...), times (B,) or numbers with 0 <= s <= t <= 1, labels (B,).
+    Raises InputError for times or shapes that do not fit. (SoFlow, section 3.)"""
+
     def forward(
         self,
         x: torch.Tensor,  # (B, ...) points at time t
@@ -238,6 +243,16 @@ class SolutionModel(ReadOut):
     ) -> torch.Tensor:  # (B, ...)
         "The velocity read-out (eq. 1.6.5)."
         t, _ = check_span(x, t, t)
+        return self.velocity_at(x, t, y, **extras)
+
+    def velocity_at(
+        self,
+        x: torch.Tensor,  # (B, ...)
+        t: torch.Tensor,  # (B,)
+        y: torch.Tensor | None = None,
+        **extras: torch.Tensor,
+    ) -> torch.Tensor:  # (B, ...)
+        "The same without a check of the times, which would wait for a GPU."
         F = self.F(x, t, t, y, **extras)
         return self.velocity_from(F, x, t)
 
