@@ -398,14 +398,17 @@ def import_components(
 ):
     """Imports modules of your own, so that the components they register are known.
 
-    Raises InputError for a module or a file that is not there."""
+    Raises InputError for a module or a file that is not there, or for no name."""
     for name in imports:
+        if not isinstance(name, str):
+            message = f"imports holds {name!r}, but must name modules or Python files."
+            raise InputError(message)
         if name.endswith(".py"):
             import_file(pathlib.Path(name))
             continue
         try:
             import_module(name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, ValueError, TypeError) as error:
             message = (
                 f"The module {name!r} cannot be imported: {error}. Install it, start "
                 "where Python finds it, or name its file with --import FILE."

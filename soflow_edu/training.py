@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import (
     Config,
+    as_annotated,
     choose_device,
     choose_precision,
     make_config,
@@ -909,15 +911,30 @@ def save_checkpoint(out: Path | str, run: Run):
         raise InputError(message) from None
 
 
+# %% ../nbs/1_plane/12_training.ipynb #d4ed850b
+def lies_in(
+    name: str,  # of a Python file that ends in .py, or of a module
+    folder: Path,
+) -> bool:
+    "Whether Python would read this file or module from a folder. Nothing is run."
+    path = Path(name)
+    if not name.endswith(".py"):
+        top = name.partition(".")[0]
+        spec = find_spec(top) if top.isidentifier() else None
+        if spec is None or spec.origin is None:
+            return False
+        path = Path(spec.origin)
+    return folder.resolve() in path.resolve().parents
+
+
 # %% ../nbs/1_plane/12_training.ipynb #f109cfe2
 def config_of(description: dict[str, Any], folder: Path) -> Config:
     """The configuration of a saved run; imports the modules that it names.
 
     Raises InputError if one of them lies in the folder of the run, or is missing."""
     content = read_yaml(description["config"])
-    for name in content.get("imports") or ():
-        inside = folder.resolve() in Path(name).resolve().parents
-        if name.endswith(".py") and inside:
+    for name in as_annotated(content.get("imports") or (), tuple):
+        if lies_in(str(name), folder):
             message = (
                 f"The run names {name}, which lies in its own folder, and a run shall "
                 "bring no code. If you trust it, move the file elsewhere, and name it "

@@ -483,11 +483,6 @@ ASK_FOR_A_VELOCITY = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="SolutionModel.velocity reads whether its times are right",
-)
 @pytest.mark.parametrize("name", ASK_FOR_A_VELOCITY)
 def test_a_step_that_asks_for_a_velocity_reads_no_number(name, elsewhere, reads):
     steps = steps_of(ASK_FOR_A_VELOCITY[name], network=TINY | {"classes": 8})
@@ -980,3 +975,15 @@ def test_a_network_without_spec_trains_without_a_folder():
     model = SolutionModel(Nameless())
     steps = train(model, objective, law_of("two_gaussians"), config)
     assert finish(steps).number == 2
+
+
+@pytest.mark.parametrize("read", [load_run, resume_run])
+def test_a_run_brings_no_module_of_its_own(tmp_path, small_run, monkeypatch, read):
+    "Not even where Python looks into the folder of the run, as `python -m` does."
+    monkeypatch.chdir(small_run)
+    monkeypatch.syspath_prepend(str(small_run))
+    (small_run / "intruder.py").write_text("open('executed', 'w').close()")
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        rewrite(small_run / name, names_a_file("intruder"))
+    assert "intruder, which lies in its own folder" in complaint(read, small_run)
+    assert not (small_run / "executed").exists()
