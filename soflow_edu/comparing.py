@@ -110,10 +110,10 @@ def fresh_data(
     return flow.solution(noise, 1.0, 0.0, labels)
 
 
-# %% ../nbs/1_plane/07_comparing.ipynb #ca1db367
+# %% ../nbs/1_plane/07_comparing.ipynb #ea42cbbc
 @dataclass(eq=False, repr=False)
-class Comparison:
-    "A model beside its truth. Metrics read from it; what is costly is computed once."
+class TwoMaps:
+    "The map of a model and the true one, asked in the same way."
 
     model: Any  # a map f(x, t, s, y), or an object with a method `solution`
     flow: Any  # the truth, with methods `solution` and `velocity`
@@ -128,9 +128,6 @@ class Comparison:
     def labels(self, n: int) -> torch.Tensor | None:  # (n,)
         return None if self.y is None else self.y[:n]
 
-    def generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(7919 * self.seed + stream)
-
     @torch.no_grad()
     def f(self, x: torch.Tensor, t: Any, s: Any) -> torch.Tensor:  # (B, ...)
         "The map under test, with the labels of the first rows."
@@ -141,6 +138,11 @@ class Comparison:
         "The true map, with the labels of the first rows."
         return self.flow.solution(x, t, s, self.labels(len(x)))
 
+
+# %% ../nbs/1_plane/07_comparing.ipynb #ca1db367
+class Comparison(TwoMaps):
+    "A model beside its truth. Metrics read from it; what is costly is computed once."
+
     @cached_property
     def truth(self) -> torch.Tensor:  # (B, ...)
         return self.exact(self.x1, 1.0, 0.0)
@@ -148,6 +150,9 @@ class Comparison:
     @cached_property
     def one_step(self) -> torch.Tensor:  # (B, ...)
         return self.f(self.x1, 1.0, 0.0)
+
+    def generator(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(7919 * self.seed + stream)
 
     def data(self, n: int, stream: int = 1) -> torch.Tensor | None:  # (n, ...)
         "Fresh data of a stream, or None where the flow knows no data."

@@ -94,6 +94,19 @@ def exaggerated(
     return v + kappa * (scale.w - 1) * (v - uncond)  # the bracket of eq. 1.15.2
 
 
+# %% ../nbs/1_plane/15_guidance.ipynb #849ad236
+def mix_of(
+    bracket: torch.Tensor,  # (n, ...) of eq. 1.15.2
+    pred: torch.Tensor | None,  # (n, ...) the model's own velocities, if m < 1
+    m: float,  # share of the bracket
+) -> torch.Tensor:  # (n, ...)
+    "m of the bracket, and the rest of the model's own velocity (eq. 1.15.2)."
+    if m == 1:
+        return bracket
+    assert pred is not None
+    return m * bracket + (1 - m) * pred  # eq. 1.15.2
+
+
 # %% ../nbs/1_plane/15_guidance.ipynb #05083330
 def hidden_labels(rows: Rows) -> torch.Tensor:  # (n,) True where a label is hidden
     "Which labels are hidden. Raises InputError if the rows have no labels."
@@ -143,12 +156,9 @@ class Guided:
         rows: Rows,  # n of them
         m: float,  # share of the data
     ) -> torch.Tensor:  # (n, ...)
-        "v_mix, and the velocity of the data where the label is hidden."
+        "v_mix, and the velocity of the data where the label is hidden (eq. 1.15.2)."
         hidden = hidden_labels(rows)
         v = self.data.regress(model, rows)
         uncond, pred = read_outs(model, rows, labelled=m < 1)
-        mix = m * exaggerated(v, uncond, self.scale, rows.t)
-        if m < 1:
-            assert pred is not None
-            mix = mix + (1 - m) * pred  # eq. 1.15.2
+        mix = mix_of(exaggerated(v, uncond, self.scale, rows.t), pred, m)
         return torch.where(expand(hidden, v), v, mix)

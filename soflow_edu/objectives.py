@@ -335,15 +335,13 @@ def places(
     return i.masked_fill(widest, 0), j.masked_fill(widest, last)
 
 
-# %% ../nbs/1_plane/13_objectives.ipynb #d5133177
-@register("objective", "regression")
+# %% ../nbs/1_plane/13_objectives.ipynb #1ef03990
 @dataclass
-class Regression:
-    """Regression of x_s from x_t on a pool of trajectories; the error is that of F.
+class Queries:
+    """Questions to a pool of trajectories: where does x_t arrive at the time s?
 
     Drawing raises InputError for labelled data."""
 
-    learns: ClassVar[str] = "map"
     trajectories: Trajectories
     corner: float = 0.5  # least share of the queries that are at (1, 0)
 
@@ -366,6 +364,17 @@ class Regression:
             x0=states[j, k].to(batch.x0),
             xt=states[i, k].to(batch.x0),
         )
+
+
+# %% ../nbs/1_plane/13_objectives.ipynb #d5133177
+@register("objective", "regression")
+@dataclass
+class Regression(Queries):
+    """Regression of x_s from x_t on a pool of trajectories; the error is that of F.
+
+    Drawing raises InputError for labelled data."""
+
+    learns: ClassVar[str] = "map"
 
     def loss(
         self, model: SolutionModel, batch: Batch, draws: Draws, progress: float
@@ -628,6 +637,7 @@ def peak_on_cpu(step: Callable[[], Any]) -> int:  # bytes
     return highest
 
 
+# %% ../nbs/1_plane/13_objectives.ipynb #ddb7bd0a
 def peak_on_gpu(step: Callable[[], Any], device: torch.device) -> int:  # bytes
     "The most that a function allocates at a time, by the allocator of CUDA."
     torch.cuda.reset_peak_memory_stats(device)
@@ -993,6 +1003,7 @@ def label_of(setting: Setting) -> str:
     return f"{setting.label} (oracle)" if setting.oracle else setting.label
 
 
+# %% ../nbs/1_plane/13_objectives.ipynb #bcd1b3db
 def block_lines(
     known: dict[str, Setting],  # the study
     groups: dict[str, list[dict]],  # rows by the name of their setting
