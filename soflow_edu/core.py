@@ -21,10 +21,12 @@ __all__ = [
 # %% ../nbs/0_start/01_core.ipynb #9193b118
 import difflib
 import importlib.util
+import io
 import json
 import pathlib
 import re
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -461,21 +463,16 @@ def canvas(
     return plt.subplots(rows, columns, figsize=size, layout="constrained")
 
 
-# %% ../nbs/0_start/01_core.ipynb #a27a35e3
-def show(
+# %% ../nbs/0_start/01_core.ipynb #33e03c9f
+def png_of(
     figure,  # a matplotlib figure
-    alt: str,  # its finding in a sentence, for readers who cannot see it
-):
-    "Displays a figure as a PNG with its alternative text, and closes it."
-    import io
-    from base64 import b64encode
-
+) -> bytes:
+    "A figure as a PNG, in the manner of the course; the figure is closed."
     import matplotlib.pyplot as plt
-    from IPython.display import display
 
-    png = io.BytesIO()
+    file = io.BytesIO()
     figure.savefig(
-        png,
+        file,
         dpi=110,
         facecolor="white",
         bbox_inches="tight",
@@ -483,5 +480,16 @@ def show(
         metadata={"Software": None},
     )
     plt.close(figure)
-    data = {"image/png": b64encode(png.getvalue()).decode(), "text/plain": alt}
+    return file.getvalue()
+
+
+# %% ../nbs/0_start/01_core.ipynb #a27a35e3
+def show(
+    figure,  # a matplotlib figure
+    alt: str,  # its finding in a sentence, for readers who cannot see it
+):
+    "Displays a figure as a PNG with its alternative text, and closes it."
+    from IPython.display import display
+
+    data = {"image/png": b64encode(png_of(figure)).decode(), "text/plain": alt}
     display(data, metadata={"image/png": {"alt": alt}}, raw=True)

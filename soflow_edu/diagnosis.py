@@ -332,6 +332,7 @@ class Supply(JumpRows):
         self.labelled = labelled  # whether labels of the source are used
         path = getattr(flow, "path", None) or getattr(model, "path", None)
         self.path = path or LinearPath()
+        self.x0 = self.data()
 
     def by_flow(self) -> bool:
         "Whether points are carried by the flow."
@@ -349,22 +350,9 @@ class Supply(JumpRows):
         return x0.to(self.x1)
 
 
-# %% ../nbs/1_plane/17_diagnosis.ipynb #daa46332
-class Probe(Supply):
-    "The points, times and labels at which a model is examined."
-
-    v: torch.Tensor | None = None  # velocity at (xv, tv): the truth, or its estimate
-    target: torch.Tensor | None = None  # where (x, t) should be at time s
-    posterior: "Posterior | None" = None  # of data at (xv, tv)
-
-    def __init__(self, model, flow, source, x1, y, count, seed, labelled=False):
-        super().__init__(model, flow, source, x1, y, count, seed, labelled)
-        self.x0 = self.data()
-        self.t, self.s, v = draw_times(self.count, self.generator(1), self.x1)
-        self.x = self.points(self.t, 2)
-        earliest = 0.3 if self.flow is None else 0.1
-        self.tv = earliest + (1 - earliest) * v  # where the velocity is asked for
-        self.xv = self.points(self.tv, 3)
+# %% ../nbs/1_plane/17_diagnosis.ipynb #270ed619
+class Points(Supply):
+    "Points of the law at any time, from the best source that there is."
 
     def points(self, t: torch.Tensor, stream: int) -> torch.Tensor:  # (4 count, ...)
         "Points of the law at time t."
@@ -374,6 +362,23 @@ class Probe(Supply):
         if self.x0 is not None:
             return self.path.interpolate(self.x0, noise, t)[0]
         return OdeFlow(self.model, 1e-3).solution(noise, 1.0, t, self.y)
+
+
+# %% ../nbs/1_plane/17_diagnosis.ipynb #daa46332
+class Probe(Points):
+    "The points, times and labels at which a model is examined."
+
+    v: torch.Tensor | None = None  # velocity at (xv, tv): the truth, or its estimate
+    target: torch.Tensor | None = None  # where (x, t) should be at time s
+    posterior: "Posterior | None" = None  # of data at (xv, tv)
+
+    def __init__(self, model, flow, source, x1, y, count, seed, labelled=False):
+        super().__init__(model, flow, source, x1, y, count, seed, labelled)
+        self.t, self.s, v = draw_times(self.count, self.generator(1), self.x1)
+        self.x = self.points(self.t, 2)
+        earliest = 0.3 if self.flow is None else 0.1
+        self.tv = earliest + (1 - earliest) * v  # where the velocity is asked for
+        self.xv = self.points(self.tv, 3)
 
     def question(self, *lengths: str):
         "Points, both times, labels and targets of the named lengths."
@@ -416,6 +421,13 @@ def first_velocity(f: Callable, x, t, y=None):  # (B, ...), (B,)
     return (x - end) / expand(t.clamp(min=1e-6, max=1e-3), x)
 
 
+def read_velocity(model, f: Callable, x, t, y=None):  # (B, ...), (B,)
+    "The velocity that a model reads out, or else that of its map f."
+    if hasattr(model, "velocity"):
+        return model.velocity(x, t, y)
+    return first_velocity(f, x, t, y)
+
+
 # %% ../nbs/1_plane/17_diagnosis.ipynb #ef78add1
 class View(Formulas):
     "A model as the tests see it; or the model with one suspected bug undone."
@@ -444,9 +456,7 @@ class View(Formulas):
         t, _ = check_span(x, t, t)
         if not self.whole:
             return self.velocity_from(self.F(x, t, t, y), x, t)
-        if hasattr(self.model, "velocity"):
-            return self.model.velocity(x, t, y)
-        return first_velocity(self.solution, x, t, y)
+        return read_velocity(self.model, self.solution, x, t, y)
 
     def straight(self, x, t, s, y=None):  # (B, ...)
         return self.straight_from(self.velocity(x, t, y), x, t, s)
@@ -530,6 +540,15 @@ def noise_end(view: View, probe: Probe) -> float:
     return ratio(gap, scale * (x - other))
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #e390d513
+def velocity_parts(path, x, t) -> tuple[torch.Tensor, torch.Tensor]:  # (B, ...) each
+    "A and C x of the conditional velocity A x0 + C x."
+    zero = torch.zeros_like(x)
+    A = velocity_given(path, zero, t, zero + 1)
+    Cx = velocity_given(path, x, t, zero)
+    return A, Cx
+
+
 # %% ../nbs/1_plane/17_diagnosis.ipynb #d0b30319
 class Posterior:
     "A pool of data, and the logits of their posterior weights at a probe's points."
@@ -552,9 +571,7 @@ class Posterior:
 
     def squares(self, z: torch.Tensor) -> torch.Tensor:  # (n, ...) -> (n, pool)
         "MSE(v_i, z) of each conditional velocity."
-        zero = torch.zeros_like(self.x)
-        Cx = velocity_given(self.path, self.x, self.t, zero)
-        A = velocity_given(self.path, zero, self.t, zero + 1)
+        A, Cx = velocity_parts(self.path, self.x, self.t)
         x0 = (z.double() - Cx) / A  # the data point whose velocity is z
         distance = torch.cdist(x0.flatten(1), self.data.flatten(1))
         return A.flatten(1)[:, :1] ** 2 * distance**2 / self.data[0].numel()
@@ -1172,16 +1189,14 @@ def verdict_words(pattern: Pattern, settings: dict[str, Any], blind: bool) -> st
     return "\n".join(lines)
 
 
-# %% ../nbs/1_plane/17_diagnosis.ipynb #4674b8e2
+# %% ../nbs/1_plane/17_diagnosis.ipynb #7e8836fd
 @dataclass
-class Diagnosis:
-    "Findings, the pattern that they fit, and what to do."
+class Findings:
+    "Measurements, the pattern that they fit, and the record of the run."
 
     measures: dict[str, float]
     pattern: Pattern
     record: dict[str, Any] = field(default_factory=dict)
-    against: str = ""  # what the model was measured against
-    probe: Probe | None = None
 
     @property
     def name(self) -> str:
@@ -1205,6 +1220,15 @@ class Diagnosis:
         "Further patterns that fit."
         rest = [pattern for pattern in PATTERNS if pattern is not self.pattern]
         return [p for p in rest if p.when and p.fits(self.measures)]
+
+
+# %% ../nbs/1_plane/17_diagnosis.ipynb #4674b8e2
+@dataclass
+class Diagnosis(Findings):
+    "Findings, the pattern that they fit, and what to do."
+
+    against: str = ""  # what the model was measured against
+    probe: Probe | None = None
 
     @property
     def verdict(self) -> str:

@@ -16,7 +16,6 @@ __all__ = [
 
 # %% ../nbs/1_plane/18_widgets.ipynb #e7d0f8eb
 import hashlib
-import io
 import json
 import math
 import re
@@ -27,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +39,7 @@ from .config import (
     replacing,
     to_yaml,
 )
-from .core import COLOURS, MARKERS, InputError, canvas, unknown
+from .core import COLOURS, MARKERS, InputError, canvas, png_of, unknown
 from .distributions import Distribution, FiniteSet, GaussianMixture, law_of
 from .guidance import GuidanceScale
 from .odes import ExactFlow, integrate, span_times
@@ -815,24 +814,6 @@ def page_class() -> type:
     return Page
 
 
-# %% ../nbs/1_plane/18_widgets.ipynb #35a11928
-def png(figure: "Figure") -> str:
-    "A figure as a PNG in base64; the figure is closed."
-    import matplotlib.pyplot as plt
-
-    file = io.BytesIO()
-    figure.savefig(
-        file,
-        dpi=110,
-        facecolor="white",
-        bbox_inches="tight",
-        pad_inches=0.08,
-        metadata={"Software": None},
-    )
-    plt.close(figure)
-    return b64encode(file.getvalue()).decode()
-
-
 # %% ../nbs/1_plane/18_widgets.ipynb #6d83b7af
 def bundle(interactive: "Interactive") -> tuple[dict, dict]:
     "Data and metadata by MIME type: live where anywidget is installed, PNG, sentence."
@@ -840,7 +821,7 @@ def bundle(interactive: "Interactive") -> tuple[dict, dict]:
     forms = {}
     if find_spec("anywidget"):
         forms |= interactive.widget._repr_mimebundle_()[0]
-    forms["image/png"] = png(interactive.figure())
+    forms["image/png"] = b64encode(png_of(interactive.figure())).decode()
     forms["text/plain"] = alt
     return forms, {"image/png": {"alt": alt}}
 
@@ -896,6 +877,31 @@ def animated(interactive: "Interactive", name: str, frames: int = 21) -> str:
     return offline(html).replace("<img id=", f'<img alt="{interactive.about}" id=')
 
 
+# %% ../nbs/1_plane/18_widgets.ipynb #fdaadcc4
+def tell_page(live: Any, values: dict[str, float], scene: Scene) -> None:
+    "Sends new values and their scene to a live widget, both at once."
+    with live.hold_sync():
+        live.values = values
+        live.scene = message(scene)
+
+
+def open_page(interactive: "Interactive"):
+    """The live widget of a picture; what the page sets moves its controls.
+
+    Raises InputError where anywidget is not installed."""
+    live = page_class()(
+        about=interactive.about,
+        controls=[asdict(control) for control in interactive.controls.values()],
+        drag=list(interactive.drag),
+        play=interactive.play,
+        colours=COLOURS,
+        values=interactive.values,
+        scene=message(interactive.scene()),
+    )
+    live.observe(lambda change: interactive.set(**change.new), "values")
+    return live
+
+
 # %% ../nbs/1_plane/18_widgets.ipynb #2ef8f15c
 class Interactive(Picture):
     """Controls, and a picture that follows them.
@@ -924,26 +930,13 @@ class Interactive(Picture):
             return
         self.values = now
         live = vars(self).get("widget")
-        if live is None:  # nobody has asked for it yet
-            return
-        with live.hold_sync():
-            live.values = now
-            live.scene = message(self.scene())
+        if live is not None:  # None until somebody asks for it
+            tell_page(live, now, self.scene())
 
     @cached_property
     def widget(self):
         "The live widget. Raises InputError where anywidget is not installed."
-        live = page_class()(
-            about=self.about,
-            controls=[asdict(control) for control in self.controls.values()],
-            drag=list(self.drag),
-            play=self.play,
-            colours=COLOURS,
-            values=self.values,
-            scene=message(self.scene()),
-        )
-        live.observe(lambda change: self.set(**change.new), "values")
-        return live
+        return open_page(self)
 
     def animation(
         self,
