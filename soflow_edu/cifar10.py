@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# %% ../nbs/2_images/04_cifar10.ipynb #5ea04511
 import numpy as np
 import torch
 from torch import nn

@@ -228,6 +228,23 @@ MODELS = {
 }
 
 
+# %% ../nbs/3_imagenet/01_dit.ipynb #a1ba32fc
+def check_width(width: int, heads: int):
+    "Raises InputError for a width that heads or positions cannot share."
+    if width % heads:
+        message = (
+            f"A width of {width} cannot be shared by {heads} heads. "
+            "Take a number of heads that divides it."
+        )
+        raise InputError(message)
+    if width % 4:
+        message = (
+            f"The width is {width}, but positions need a multiple of 4: "
+            "sines and cosines of column and row."
+        )
+        raise InputError(message)
+
+
 # %% ../nbs/3_imagenet/01_dit.ipynb #5ae2f8f4
 def check_dit(
     options: dict,  # of a DiT
@@ -245,23 +262,6 @@ def check_dit(
         )
         raise InputError(message)
     check_width(options["width"], options["heads"])
-
-
-# %% ../nbs/3_imagenet/01_dit.ipynb #a1ba32fc
-def check_width(width: int, heads: int):
-    "Raises InputError for a width that heads or positions cannot share."
-    if width % heads:
-        message = (
-            f"A width of {width} cannot be shared by {heads} heads. "
-            "Take a number of heads that divides it."
-        )
-        raise InputError(message)
-    if width % 4:
-        message = (
-            f"The width is {width}, but positions need a multiple of 4: "
-            "sines and cosines of column and row."
-        )
-        raise InputError(message)
 
 
 # %% ../nbs/3_imagenet/01_dit.ipynb #039346d7

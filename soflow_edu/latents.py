@@ -489,8 +489,8 @@ def new_latent_file(
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #1fc6238c
 @dataclass
-class RowFile:
-    "The latents of a file that lie in one piece, read and written row by row."
+class RowPlace:
+    "Where the latents of a file lie in one piece, and the file once it is opened."
 
     path: Path
     start: int  # in bytes
@@ -510,6 +510,11 @@ class RowFile:
         if self.handle >= 0:
             os.close(self.handle)
         self.handle = -1
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #ea75f114
+class RowFile(RowPlace):
+    "The latents of a file that lie in one piece, read and written row by row."
 
     def write(self, first: int, rows: np.ndarray):  # (n, 2 channels, n, n) float32
         "The rows from `first` on; they are on the disk when this returns."
@@ -1162,6 +1167,7 @@ def check_encoding(coder: Autoencoder, folder: ImageFolder, out: Path, size: int
         raise InputError(message)
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #bad5104b
 def encode_together(
     coder: Autoencoder,
     out: Path,

@@ -818,52 +818,6 @@ def table_entry(value: float | None) -> str:
     return f"{'-':>10s}" if value is None else f"{value:10.4f}"
 
 
-# %% ../nbs/2_images/03_metrics.ipynb #a670c468
-SCORES = ("frechet", "kid", "precision_recall")
-
-
-# %% ../nbs/2_images/03_metrics.ipynb #36d35620
-def evaluate_samples(
-    x: PictureSource,  # the samples: as for `extract`, or their features (N, D)
-    against: PictureSource,  # the data, likewise: give features to extract them once
-    features: str | dict | Callable | None = None,  # as for `extract`
-    *,
-    metrics: str | Sequence[str] = SCORES,  # names of scores
-    batch: int = 256,  # of `extract`
-    device: str | torch.device | None = None,  # of `extract`
-    **options,  # fields of Judging: resamples, confidence, k, block, most, seed
-) -> SampleReport:
-    """Judges samples of pictures beside data.
-
-    Raises InputError for pictures, features or options that cannot be used."""
-    names = [metrics] if isinstance(metrics, str) else list(metrics)
-    chosen = [find("score", name) for name in names]
-    how = judging(options)
-    x = ready(x)
-    against = ready(against)
-    if features is None and not (is_table(x) and is_table(against)):
-        message = (
-            "Pictures were given without features. Name some, "
-            "features='resnet56' or 'inception', or give a module or a function."
-        )
-        raise InputError(message)
-    check_sizes(x, against)
-    if isinstance(features, str | dict):
-        features = build("features", features)
-    a = features_of(x, features, batch, device)
-    b = features_of(against, features, batch, device)
-    if a.shape[1] != b.shape[1]:
-        message = (
-            f"The samples have {a.shape[1]} features and the data {b.shape[1]}. "
-            "Extract both with the same features."
-        )
-        raise InputError(message)
-    scores = {}
-    for judge in chosen:
-        scores |= judge(a, b, how)
-    return SampleReport(scores, len(a), len(b), a.shape[1], how)
-
-
 # %% ../nbs/2_images/03_metrics.ipynb #80b8f6c6
 def is_table(x: object) -> TypeGuard[FeatureTable]:
     "Whether something is features rather than pictures."
@@ -917,6 +871,52 @@ def features_of(
         return as_features(part)
     assert features is not None, "pictures without features are refused earlier"
     return as_features(extract(part, features, batch=batch, device=device))
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #a670c468
+SCORES = ("frechet", "kid", "precision_recall")
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #36d35620
+def evaluate_samples(
+    x: PictureSource,  # the samples: as for `extract`, or their features (N, D)
+    against: PictureSource,  # the data, likewise: give features to extract them once
+    features: str | dict | Callable | None = None,  # as for `extract`
+    *,
+    metrics: str | Sequence[str] = SCORES,  # names of scores
+    batch: int = 256,  # of `extract`
+    device: str | torch.device | None = None,  # of `extract`
+    **options,  # fields of Judging: resamples, confidence, k, block, most, seed
+) -> SampleReport:
+    """Judges samples of pictures beside data.
+
+    Raises InputError for pictures, features or options that cannot be used."""
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    chosen = [find("score", name) for name in names]
+    how = judging(options)
+    x = ready(x)
+    against = ready(against)
+    if features is None and not (is_table(x) and is_table(against)):
+        message = (
+            "Pictures were given without features. Name some, "
+            "features='resnet56' or 'inception', or give a module or a function."
+        )
+        raise InputError(message)
+    check_sizes(x, against)
+    if isinstance(features, str | dict):
+        features = build("features", features)
+    a = features_of(x, features, batch, device)
+    b = features_of(against, features, batch, device)
+    if a.shape[1] != b.shape[1]:
+        message = (
+            f"The samples have {a.shape[1]} features and the data {b.shape[1]}. "
+            "Extract both with the same features."
+        )
+        raise InputError(message)
+    scores = {}
+    for judge in chosen:
+        scores |= judge(a, b, how)
+    return SampleReport(scores, len(a), len(b), a.shape[1], how)
 
 
 # %% ../nbs/2_images/03_metrics.ipynb #466f966b

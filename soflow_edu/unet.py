@@ -314,6 +314,18 @@ def labels_or_null(
     return y
 
 
+# %% ../nbs/2_images/02_unet.ipynb #8a1976ba
+def labels_or_zeros(
+    augment: torch.Tensor | None,  # (B, count) augmentation labels, if there are any
+    e: torch.Tensor,  # (B, ...) in whose type they are wanted
+    count: int,  # labels a picture
+) -> torch.Tensor:  # (B, count)
+    "The augmentation labels, or zeros for each row of e."
+    if augment is None:
+        return e.new_zeros(len(e), count)
+    return augment.to(e.dtype)
+
+
 # %% ../nbs/2_images/02_unet.ipynb #918a5948
 class Embedding(nn.Module):
     """The layers that make one vector of t, t - s, augmentation and class labels.
@@ -350,9 +362,7 @@ class Embedding(nn.Module):
             times = [time_features(t, self.width), time_features(d, self.width)]
             e = torch.cat(times, 1)
             if self.map_augment is not None:
-                if augment is None:
-                    augment = e.new_zeros(len(e), self.augment)
-                e = e + self.map_augment(augment.to(e.dtype))
+                e = e + self.map_augment(labels_or_zeros(augment, e, self.augment))
             if self.map_label is not None:
                 e = e + self.map_label(labels_or_null(y, t, self.classes))
             hidden = functional.silu(self.map_layer0(e))
@@ -371,12 +381,9 @@ def check_counts(options: dict) -> None:
     check_least("A U-Net", least)
 
 
-def check_settings(options: dict) -> None:
-    "Raises InputError for a network that cannot be built."
-    check_counts(options)
-    size = options["size"]
-    patch = options["patch"]
-    halvings = len(options["multipliers"]) - 1
+# %% ../nbs/2_images/02_unet.ipynb #264ca3a2
+def check_size(size: int, patch: int, halvings: int) -> None:
+    "Raises InputError for a picture that cannot be cut and halved without remainder."
     divisor = patch * 2**halvings
     if size < 1 or size % divisor:
         message = (
@@ -385,7 +392,15 @@ def check_settings(options: dict) -> None:
             f"{divisor}, fewer multipliers, or another patch."
         )
         raise InputError(message)
-    sizes = [size // patch >> i for i in range(halvings + 1)]
+
+
+def check_settings(options: dict) -> None:
+    "Raises InputError for a network that cannot be built."
+    check_counts(options)
+    halvings = len(options["multipliers"]) - 1
+    check_size(options["size"], options["patch"], halvings)
+    edge = options["size"] // options["patch"]
+    sizes = [edge >> i for i in range(halvings + 1)]
     strange = sorted(set(options["attention"]) - set(sizes))
     if strange:
         message = (
@@ -458,9 +473,12 @@ class Layers(Embedding):
         self.dec[self.last_norm] = norm(largest)
         self.dec[self.last] = Conv(largest, channels, gain=1e-5)
 
-    def spec(self) -> dict:
-        "The description from which `build` makes such a network."
-        return {"name": "unet"} | self.options
+    def answer(self, x: torch.Tensor) -> torch.Tensor:
+        "The last norm and convolution, in the type of their weights."
+        last: Any = self.dec[self.last]
+        with full_precision(x):
+            x = self.dec[self.last_norm](x.to(last.weight.dtype))
+            return last(functional.silu(x))
 
 
 # %% ../nbs/2_images/02_unet.ipynb #a9522426
@@ -498,6 +516,10 @@ class UNet(Layers):
         check_settings(options)
         super().__init__(options)
 
+    def spec(self) -> dict:
+        "The description from which `build` makes such a network."
+        return {"name": "unet"} | self.options
+
     def forward(
         self,
         x: torch.Tensor,  # (B, channels, size, size)
@@ -520,13 +542,6 @@ class UNet(Layers):
             x = self.dec[stage.name](x, e)
         x = self.answer(x)
         return functional.pixel_shuffle(x, self.options["patch"])
-
-    def answer(self, x: torch.Tensor) -> torch.Tensor:
-        "The last norm and convolution, in the type of their weights."
-        last: Any = self.dec[self.last]
-        with full_precision(x):
-            x = self.dec[self.last_norm](x.to(last.weight.dtype))
-            return last(functional.silu(x))
 
 
 # %% ../nbs/2_images/02_unet.ipynb #df4ce7ca
