@@ -30,6 +30,8 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+
+# %% ../nbs/4_practice/01_grading.ipynb #9dc28fe6
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -418,6 +420,7 @@ def heading_with_points(assignment: Assignment, source: str) -> str:
     return f"{heading[0].rstrip()} {worth}{source[heading.end() :]}"
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #60f96cce
 def instructor_cells(assignment: Assignment) -> list[dict]:
     """What nbgrader takes as its source: all but the wrong answers.
 
@@ -605,6 +608,7 @@ def factor_in_words(
     return f"your answer points the other way, and is {length}"
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #62e296bd
 def difference_in_words(
     given: torch.Tensor, expected: torch.Tensor, tolerance: float
 ) -> str:
@@ -1122,6 +1126,7 @@ def was_changed(cell: dict, released: dict) -> bool:
     return cell["source"].strip() != released["source"].strip()
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #53950b18
 def stage(
     submitted: dict,  # notebook as read
     release: list[dict],  # cells of the student notebook
@@ -1400,6 +1405,7 @@ def reason(error: Mapping[str, Any], q: Question, where: str = "a test") -> str:
     return f"{where} stopped with an error"
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #9e77943d
 def what_happened(q: Question, answer: dict, tests: dict) -> str:
     "A code question in words, from its two cells after the run."
     errors = errors_of(tests)
