@@ -106,7 +106,7 @@ def check_types(config):
 
 
 # %% ../nbs/1_plane/11_config.ipynb #ac694b57
-def as_annotated(value, kind):
+def as_annotated(value: Any, kind: Any) -> Any:
     "The value with its int made a float, or its list a tuple, where these are meant."
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and kind in (float, float | None):
