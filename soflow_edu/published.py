@@ -1124,7 +1124,7 @@ def plain_velocity_loss(meta: dict, model: PlainModel, point: PlainPoint) -> dic
 
 
 def plain_solution_loss(meta: dict, model: PlainModel, point: PlainPoint) -> dict:
-    "The consistency loss, as its surrogate (eq. published.1)."
+    "The consistency loss, as its surrogate (eq. 3.4.1)."
     xt = point.xt
     t = point.batch.t
     s = point.batch.s
@@ -1137,7 +1137,7 @@ def plain_solution_loss(meta: dict, model: PlainModel, point: PlainPoint) -> dic
     square = plain_mean(q**2)
     weight = 1 / (square + meta["eps"]) ** meta["p"]
     sign = plain_wide(model.ab(t, s)[1].sign(), xt)
-    value = (sign * Ft * q * plain_wide(weight, xt)).mean()  # eq. published.1
+    value = (sign * Ft * q * plain_wide(weight, xt)).mean()  # eq. 3.4.1
     return loss_results("scm", value, square, weight, model.net)
 
 
@@ -1341,13 +1341,13 @@ def relative(
     a: torch.Tensor,  # ours
     b: torch.Tensor,  # theirs, of the same shape
 ) -> float:
-    """Norm of the difference over the norm of the second (eq. published.2).
+    """Norm of the difference over the norm of the second (eq. 3.4.2).
 
     Infinite where that is zero and the first is not."""
     difference = (a.double() - b.double()).norm().item()
     size = b.double().norm().item()
     if size:
-        return difference / size  # eq. published.2
+        return difference / size  # eq. 3.4.2
     return 0.0 if difference == 0 else math.inf
 
 

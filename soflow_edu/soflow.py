@@ -25,6 +25,7 @@ from .flow_matching import (
     noise_like,
 )
 from .paths import MIN_GAP, expand, uniform
+from .protocols import Path
 from .solution import SolutionModel
 
 
@@ -149,7 +150,7 @@ class Exact:
 
 # %% ../nbs/1_plane/09_soflow.ipynb #f96bdacb
 def posterior_logits(
-    path,
+    path: Path,
     xt: torch.Tensor,  # (n, ...)
     t: torch.Tensor,  # (n,)
     x0: torch.Tensor,  # (N, ...) the candidates
@@ -167,7 +168,7 @@ def posterior_logits(
 
 # %% ../nbs/1_plane/09_soflow.ipynb #c4263e55
 def velocity_given(
-    path,
+    path: Path,
     xt: torch.Tensor,  # (n, ...)
     t: torch.Tensor,  # (n,)
     x0: torch.Tensor,  # (n, ...)
@@ -182,7 +183,7 @@ def velocity_given(
 
 # %% ../nbs/1_plane/09_soflow.ipynb #e5b5c6e9
 def batch_velocity(
-    path,
+    path: Path,
     xt: torch.Tensor,  # (n, ...)
     t: torch.Tensor,  # (n,)
     x0: torch.Tensor,  # (N, ...) the candidates
