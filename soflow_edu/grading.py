@@ -343,154 +343,6 @@ def read_assignment(
     return assignment
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #3d73febf
-STUB = "return None   # your code here"
-WRITTEN_STUB = "*Your answer here.*"
-TESTS_STUB = "# Hidden tests run here when this notebook is marked."
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #1c47ddfe
-def without(
-    source: str,
-    mark: str,  # "SOLUTION" or "HIDDEN TESTS"
-    stub: str | None = None,  # what takes its place, if anything
-) -> str:
-    "Text with the lines from BEGIN mark to END mark removed."
-    begin = rf"^([ \t]*)[^\n]*BEGIN {mark}[^\n]*\n"
-    end = rf"^[^\n]*END {mark}[^\n]*(?:\n|\Z)"
-
-    def replacement(match: re.Match) -> str:
-        return "" if stub is None else f"{match[1]}{stub}\n"
-
-    region = re.compile(f"{begin}.*?{end}", flags=re.M | re.S)
-    return region.sub(replacement, source).rstrip("\n")
-
-
-def unmarked(source: str) -> str:
-    "Text without its markers and directives."
-    marker = re.compile(r"\s*(<!-- )?(### (BEGIN|END) |#\| )")
-    return "\n".join(line for line in source.splitlines() if not marker.match(line))
-
-
-def shown_points(value: float | None) -> str:
-    "Points without needless zeros; empty for none."
-    return "" if value is None else f"{value:g}"
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #f3ed0c82
-def nbgrader_metadata(kind: str, q: Question | None, cell: dict) -> dict:
-    "What nbgrader must know of a cell: who may change it, and what it is worth."
-    graded = kind in ("tests", "written")
-    locked = kind in ("tests", "given")
-    tag = {
-        "schema_version": 3,
-        "grade_id": nbgrader_name(kind, q, cell),
-        "grade": graded,
-        "solution": kind in ("answer", "written"),
-        "locked": locked,
-        "task": False,
-        "cell_type": cell["cell_type"],
-    }
-    if graded and q:
-        tag["points"] = q.points
-    metadata = {"nbgrader": tag, "deletable": False}
-    if locked:
-        metadata["editable"] = False
-    return metadata
-
-
-def nbgrader_name(kind: str, q: Question | None, cell: dict) -> str:
-    "The name by which nbgrader knows a cell."
-    if kind == "identifier":
-        return kind
-    if q is None:
-        return f"given-{cell['id']}"
-    return q.graded_name if kind == "tests" else q.answer_name
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #fd43a7e0
-def heading_with_points(assignment: Assignment, source: str) -> str:
-    "The heading of a question with what the question is worth; another as it is."
-    heading = re.match(QUESTION, source)
-    if not heading:
-        return source
-    points = assignment.questions[int(heading[1]) - 1].points
-    unit = "point" if points == 1 else "points"
-    worth = f"({shown_points(points)} {unit})"
-    return f"{heading[0].rstrip()} {worth}{source[heading.end() :]}"
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #60f96cce
-def instructor_cells(assignment: Assignment) -> list[dict]:
-    """What nbgrader takes as its source: all but the wrong answers.
-
-    Cells have nbgrader's metadata, and headings the points."""
-    cells = []
-    for cell in assignment.cells:
-        kind = role(cell)
-        if kind == "wrong":
-            continue
-        new: dict[str, Any] = dict(cell, metadata={})
-        if kind == "heading":
-            new["source"] = heading_with_points(assignment, cell["source"])
-        if kind == "written":  # its directive is no part of the answer
-            new["source"] = re.sub(r"^<!-- #\|.*\n", "", cell["source"], flags=re.M)
-        if kind not in ("heading", "text"):
-            q = assignment.question_of(cell)
-            new["metadata"] = nbgrader_metadata(kind, q, cell)
-        cells.append(new)
-    return cells
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #5b031559
-def student_cells(assignment: Assignment) -> list[dict]:
-    "No solution, no hidden test, no wrong answer; stubs that run."
-    cells = []
-    for cell in instructor_cells(assignment):
-        stub = WRITTEN_STUB if cell["cell_type"] == "markdown" else STUB
-        source = without(cell["source"], "SOLUTION", stub)
-        source = without(source, "HIDDEN TESTS", TESTS_STUB)
-        cells.append(dict(cell, source=source))
-    return cells
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #7b959c06
-def solution_cells(assignment: Assignment) -> list[dict]:
-    "The answers with their outputs, without hidden tests and markers."
-    cells = []
-    for cell in instructor_cells(assignment):
-        source = unmarked(without(cell["source"], "HIDDEN TESTS"))
-        if source.strip():
-            cells.append(dict(cell, metadata={}, source=source))
-    return cells
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #36ae8f67
-def rubric_row(q: Question) -> str:
-    tested = "read by a person; model answer below"
-    if not q.written:
-        tested = directives(q.tests["source"]).get("tests", "")
-    points = shown_points(q.points)
-    return f"| {q.number}. {q.title} | {points} | {tested} | {'; '.join(q.wrong)} |"
-
-
-def rubric(assignment: Assignment) -> str:
-    "The rubric in Markdown."
-    lines = [
-        f"# Rubric: {assignment.title}",
-        "",
-        "| question | points | what is tested | wrong answers that lose the points |",
-        "|---|---|---|---|",
-    ]
-    lines += [rubric_row(q) for q in assignment.questions]
-    lines.append(f"| **all** | **{shown_points(assignment.points)}** | | |")
-    for q in assignment.questions:
-        if q.written:
-            heading = f"## Question {q.number}. {q.title}: model answer"
-            lines += ["", heading, "", unmarked(q.answer["source"]).strip()]
-    return "\n".join(lines) + "\n"
-
-
 # %% ../nbs/4_practice/01_grading.ipynb #9038e71c
 def personal(
     identifier: str,  # of a student; case and surrounding spaces do not matter
@@ -730,6 +582,154 @@ def attempt(
         print(f"Not yet: this needs answers from above ({reason}).")
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #3d73febf
+STUB = "return None   # your code here"
+WRITTEN_STUB = "*Your answer here.*"
+TESTS_STUB = "# Hidden tests run here when this notebook is marked."
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #1c47ddfe
+def without(
+    source: str,
+    mark: str,  # "SOLUTION" or "HIDDEN TESTS"
+    stub: str | None = None,  # what takes its place, if anything
+) -> str:
+    "Text with the lines from BEGIN mark to END mark removed."
+    begin = rf"^([ \t]*)[^\n]*BEGIN {mark}[^\n]*\n"
+    end = rf"^[^\n]*END {mark}[^\n]*(?:\n|\Z)"
+
+    def replacement(match: re.Match) -> str:
+        return "" if stub is None else f"{match[1]}{stub}\n"
+
+    region = re.compile(f"{begin}.*?{end}", flags=re.M | re.S)
+    return region.sub(replacement, source).rstrip("\n")
+
+
+def unmarked(source: str) -> str:
+    "Text without its markers and directives."
+    marker = re.compile(r"\s*(<!-- )?(### (BEGIN|END) |#\| )")
+    return "\n".join(line for line in source.splitlines() if not marker.match(line))
+
+
+def shown_points(value: float | None) -> str:
+    "Points without needless zeros; empty for none."
+    return "" if value is None else f"{value:g}"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #f3ed0c82
+def nbgrader_metadata(kind: str, q: Question | None, cell: dict) -> dict:
+    "What nbgrader must know of a cell: who may change it, and what it is worth."
+    graded = kind in ("tests", "written")
+    locked = kind in ("tests", "given")
+    tag = {
+        "schema_version": 3,
+        "grade_id": nbgrader_name(kind, q, cell),
+        "grade": graded,
+        "solution": kind in ("answer", "written"),
+        "locked": locked,
+        "task": False,
+        "cell_type": cell["cell_type"],
+    }
+    if graded and q:
+        tag["points"] = q.points
+    metadata = {"nbgrader": tag, "deletable": False}
+    if locked:
+        metadata["editable"] = False
+    return metadata
+
+
+def nbgrader_name(kind: str, q: Question | None, cell: dict) -> str:
+    "The name by which nbgrader knows a cell."
+    if kind == "identifier":
+        return kind
+    if q is None:
+        return f"given-{cell['id']}"
+    return q.graded_name if kind == "tests" else q.answer_name
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #fd43a7e0
+def heading_with_points(assignment: Assignment, source: str) -> str:
+    "The heading of a question with what the question is worth; another as it is."
+    heading = re.match(QUESTION, source)
+    if not heading:
+        return source
+    points = assignment.questions[int(heading[1]) - 1].points
+    unit = "point" if points == 1 else "points"
+    worth = f"({shown_points(points)} {unit})"
+    return f"{heading[0].rstrip()} {worth}{source[heading.end() :]}"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #60f96cce
+def instructor_cells(assignment: Assignment) -> list[dict]:
+    """What nbgrader takes as its source: all but the wrong answers.
+
+    Cells have nbgrader's metadata, and headings the points."""
+    cells = []
+    for cell in assignment.cells:
+        kind = role(cell)
+        if kind == "wrong":
+            continue
+        new: dict[str, Any] = dict(cell, metadata={})
+        if kind == "heading":
+            new["source"] = heading_with_points(assignment, cell["source"])
+        if kind == "written":  # its directive is no part of the answer
+            new["source"] = re.sub(r"^<!-- #\|.*\n", "", cell["source"], flags=re.M)
+        if kind not in ("heading", "text"):
+            q = assignment.question_of(cell)
+            new["metadata"] = nbgrader_metadata(kind, q, cell)
+        cells.append(new)
+    return cells
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #5b031559
+def student_cells(assignment: Assignment) -> list[dict]:
+    "No solution, no hidden test, no wrong answer; stubs that run."
+    cells = []
+    for cell in instructor_cells(assignment):
+        stub = WRITTEN_STUB if cell["cell_type"] == "markdown" else STUB
+        source = without(cell["source"], "SOLUTION", stub)
+        source = without(source, "HIDDEN TESTS", TESTS_STUB)
+        cells.append(dict(cell, source=source))
+    return cells
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #7b959c06
+def solution_cells(assignment: Assignment) -> list[dict]:
+    "The answers with their outputs, without hidden tests and markers."
+    cells = []
+    for cell in instructor_cells(assignment):
+        source = unmarked(without(cell["source"], "HIDDEN TESTS"))
+        if source.strip():
+            cells.append(dict(cell, metadata={}, source=source))
+    return cells
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #36ae8f67
+def rubric_row(q: Question) -> str:
+    tested = "read by a person; model answer below"
+    if not q.written:
+        tested = directives(q.tests["source"]).get("tests", "")
+    points = shown_points(q.points)
+    return f"| {q.number}. {q.title} | {points} | {tested} | {'; '.join(q.wrong)} |"
+
+
+def rubric(assignment: Assignment) -> str:
+    "The rubric in Markdown."
+    lines = [
+        f"# Rubric: {assignment.title}",
+        "",
+        "| question | points | what is tested | wrong answers that lose the points |",
+        "|---|---|---|---|",
+    ]
+    lines += [rubric_row(q) for q in assignment.questions]
+    lines.append(f"| **all** | **{shown_points(assignment.points)}** | | |")
+    for q in assignment.questions:
+        if q.written:
+            heading = f"## Question {q.number}. {q.title}: model answer"
+            lines += ["", heading, "", unmarked(q.answer["source"]).strip()]
+    return "\n".join(lines) + "\n"
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #d3f1c9c0
 def run_quietly(source: str, space: dict[str, Any]) -> None:
     "Runs code in a dictionary of names, and keeps what it prints to itself."
@@ -754,7 +754,7 @@ class GradingError(InputError):
     asked to."""
 
 
-def play(assignment: Assignment, source: str, space: dict[str, Any]) -> None:
+def run_or_refuse(assignment: Assignment, source: str, space: dict[str, Any]) -> None:
     "Runs a cell that must not stop. Raises GradingError if it does."
     try:
         run_quietly(source, space)
@@ -768,14 +768,14 @@ def play(assignment: Assignment, source: str, space: dict[str, Any]) -> None:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #f588881b
-def is_played(cell: dict) -> bool:
+def is_rehearsed(cell: dict) -> bool:
     "Whether a rehearsal runs a cell: code that is no check, figure or wrong answer."
     if role(cell) in ("heading", "text", "wrong", "written"):
         return False
     return not re.search(r"^(@attempt|check\()", cell["source"], flags=re.M)
 
 
-def played(
+def points_of_run(
     assignment: Assignment,
     identifier: str,  # of a student
     answers: Mapping[int, str],  # question -> source that takes the place of its answer
@@ -786,7 +786,7 @@ def played(
     Raises GradingError if a cell stops that is no test."""
     space = {"__name__": "__main__"}
     points = {}
-    for cell in filter(is_played, assignment.cells):
+    for cell in filter(is_rehearsed, assignment.cells):
         kind = role(cell)
         source = cell["source"]
         q = assignment.question_of(cell)
@@ -798,7 +798,7 @@ def played(
             source = f"identifier = {identifier!r}"
         if kind == "answer" and q:
             source = answers.get(q.number, source)
-        play(assignment, source, space)
+        run_or_refuse(assignment, source, space)
     return points
 
 
@@ -847,8 +847,8 @@ def reach(
     for source in (q.answer["source"], *q.wrong.values()):
         changed |= globals_of(source)[0]
     found = {q.number}
-    seen = [cell is q.answer for cell in assignment.cells].index(True)
-    for cell in assignment.cells[seen + 1 :]:
+    place = [cell is q.answer for cell in assignment.cells].index(True)
+    for cell in assignment.cells[place + 1 :]:
         if cell["cell_type"] != "code" or role(cell) == "wrong":
             continue
         assigned, used = globals_of(cell["source"])
@@ -899,7 +899,7 @@ def rehearse(
     table = {}
     bad = []
     for name, run in rehearsal_runs(assignment).items():
-        points = played(assignment, identifier, run.answers, run.only)
+        points = points_of_run(assignment, identifier, run.answers, run.only)
         table[name] = assignment.code_points | points
         if table[name] != run.due:
             bad.append(f"{name!r} got {table[name]} instead of {run.due}")
@@ -1178,7 +1178,7 @@ def prelude(cells: list[dict], student: str) -> str:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #11a96303
-def ended() -> Any:
+def ended_output() -> Any:
     "The output that stands for a cell that ended or blocked the process."
     from nbformat.v4 import new_output
 
@@ -1186,10 +1186,10 @@ def ended() -> Any:
     return new_output("error", ename="Ended", evalue=said, traceback=[said])
 
 
-def blocking(execute: Any) -> Any:
+def skipping(execute: Any) -> Any:
     "A preprocessor that leaves out the cells in `blocked`, and enters what timed out."
 
-    class Blocking(execute):
+    class Skipping(execute):
         blocked: dict[int, Any]  # index of a cell -> the error that it counts as
         at: int | None  # index of the cell that runs
 
@@ -1204,7 +1204,7 @@ def blocking(execute: Any) -> Any:
                     self.blocked[index] = output
             return cell, resources
 
-    return Blocking
+    return Skipping
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #249e4245
@@ -1227,7 +1227,7 @@ def rerunning(execute: Any, seconds: float) -> Any:
     "A preprocessor that survives endless loops and dying kernels."
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    class Rerunning(blocking(execute)):
+    class Rerunning(skipping(execute)):
         def preprocess(self, nb, resources, km=None):
             self.blocked = {}
             self.at = None
@@ -1241,7 +1241,7 @@ def rerunning(execute: Any, seconds: float) -> Any:
                 except (DeadKernelError, CellTimeoutError):
                     if self.at is None or self.at in self.blocked:
                         raise
-                    self.blocked[self.at] = ended()
+                    self.blocked[self.at] = ended_output()
 
         def start_new_kernel(self, **options):
             super().start_new_kernel(stderr=subprocess.DEVNULL, **options)
@@ -1284,7 +1284,9 @@ def patient(
 
 # %% ../nbs/4_practice/01_grading.ipynb #e221adeb
 def spaceless(source: str) -> str:
-    "Text without the lines that differ between nbgrader's release and ours."
+    """Text without empty lines, ends of lines and our stub.
+
+    These are what nbgrader or a spreadsheet may change."""
     lines = [line.rstrip() for line in source.splitlines()]
     return "\n".join(line for line in lines if line and TESTS_STUB not in line)
 
@@ -1548,8 +1550,15 @@ def mark(
 # %% ../nbs/4_practice/01_grading.ipynb #c41a8c28
 WRITTEN = ("student", "question", "points", "mark", "comment", "answer")
 
-# What a person entered: (student, question, answer) -> (mark or None, comment)
-Entered = dict[tuple[str, int, str], tuple[float | None, str]]
+
+class Entry(NamedTuple):
+    "A written answer, and what a person entered beside it."
+
+    student: str
+    question: int
+    answer: str
+    mark: float | None
+    comment: str
 
 
 def guarded(text: str) -> str:
@@ -1569,13 +1578,16 @@ def write_csv(path: Path, rows: list) -> None:
             csv.writer(file).writerows(rows)
 
 
-def write_written(folder: Path, assignment: Assignment, entered: Entered) -> None:
+def write_written(folder: Path, assignment: Assignment, entries: list[Entry]) -> None:
     "The answers to written questions, with the marks that they have so far."
     points = {q.number: shown_points(q.points) for q in assignment.questions}
     rows: list[tuple] = [WRITTEN]
-    for (student, n, answer), (value, comment) in entered.items():
-        mark = shown_points(value)
-        rows.append((student, n, points[n], mark, comment, guarded(answer)))
+    for entry in entries:
+        worth = points[entry.question]
+        mark = shown_points(entry.mark)
+        answer = guarded(entry.answer)
+        row = (entry.student, entry.question, worth, mark, entry.comment, answer)
+        rows.append(row)
     write_csv(folder / "written.csv", rows)
 
 
@@ -1608,12 +1620,12 @@ def entered_mark(path: Path, row: Mapping[str, str], points: float) -> float | N
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #42d79647
-def read_written(path: Path, assignment: Assignment) -> Entered:
+def read_written(path: Path, assignment: Assignment) -> list[Entry]:
     """Marks that a person has entered.
 
     Raises InputError for a mark that is no number between 0 and the points of its
     question."""
-    entered: Entered = {}
+    entered = []
     if not path.is_file():
         return entered
     points = {str(q.number): q.points for q in assignment.questions if q.written}
@@ -1628,41 +1640,45 @@ def read_written(path: Path, assignment: Assignment) -> Entered:
         if value is None:
             continue
         answer = spaceless(unguarded(row["answer"]))
-        key = (row["student"], int(row["question"]), answer)
-        entered[key] = (value, (row["comment"] or "").strip())
+        comment = (row["comment"] or "").strip()
+        number = int(row["question"])
+        entered.append(Entry(row["student"], number, answer, value, comment))
     return entered
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #40f87b08
-def enter_written(
+def keep_for_next_time(
+    result: Result,  # of a failed run
+    mine: list[Entry],  # what a person entered for this student
+) -> None:
+    "Puts a person's marks into a result without marks, so that they are not lost."
+    for entry in mine:
+        result.answers[entry.question] = entry.answer
+        result.marks[entry.question] = entry.mark
+        result.comments[entry.question] = entry.comment
+
+
+def enter(
     api: Any,
     assignment: Assignment,
     result: Result,  # which it completes
     name: str,  # nbgrader's, of the student
-    entered: Entered,
+    mine: list[Entry],  # what a person entered for this student
 ) -> None:
     "Puts a person's marks into the result and into nbgrader's database."
-    mine = {}
-    for (student, n, answer), value in entered.items():
-        if student == result.student:
-            mine[n, answer] = value
-    if result.failure:  # keep them for the next time
-        for (n, answer), value in mine.items():
-            result.answers[n] = answer
-            result.marks[n], result.comments[n] = value
-        return
-    for n, answer in mine:
-        if spaceless(result.answers.get(n, "")) != answer:
-            changed = f"the answer to question {n} has changed since a person marked it"
-            result.notes.append(changed)
     with api.gradebook as gradebook:
-        for n, answer in result.answers.items():
-            if (n, spaceless(answer)) not in mine:
+        for entry in mine:
+            n = entry.question
+            answer = result.answers.get(n)
+            if answer is None or spaceless(answer) != entry.answer:
+                changed = f"the answer to question {n} has changed"
+                result.notes.append(f"{changed} since a person marked it")
                 continue
-            result.marks[n], result.comments[n] = mine[n, spaceless(answer)]
+            result.marks[n] = entry.mark
+            result.comments[n] = entry.comment
             place = (f"question-{n}", assignment.name, assignment.name, name)
             grade = gradebook.find_grade(*place)
-            grade.manual_score = result.marks[n]
+            grade.manual_score = entry.mark
             grade.needs_manual_grade = False
             gradebook.db.commit()
 
@@ -1745,17 +1761,24 @@ def aligned(table: list[list[str]], width: int = 100) -> str:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #42e53c52
+def entries_of(result: Result) -> list[Entry]:
+    "The written answers of a student, with the marks that they have so far."
+    entries = []
+    for n, answer in result.answers.items():
+        if answer:
+            comment = result.comments.get(n, "")
+            entries.append(Entry(result.student, n, answer, result.marks[n], comment))
+    return entries
+
+
 def write_results(folder: Path, assignment: Assignment, results: list[Result]) -> None:
     "Writes and prints the marks; writes feedback, and answers that a person reads."
     table = marks_table(assignment, results)
     write_csv(folder / "marks.csv", table)
-    answers: Entered = {}
+    entries = []
     for r in results:
-        for n, answer in r.answers.items():
-            if answer:
-                key = (r.student, n, answer)
-                answers[key] = (r.marks[n], r.comments.get(n, ""))
-    write_written(folder, assignment, answers)
+        entries += entries_of(r)
+    write_written(folder, assignment, entries)
     marked = [r for r in results if not r.failure]
     for r in marked:
         write_text(folder / "feedback" / f"{r.student}.md", feedback(assignment, r))
@@ -1845,7 +1868,7 @@ def mark_class(
     a: Assignment,
     found: Mapping[str, Mapping[str, Path]],  # {student: {assignment's name: path}}
     names: Mapping[str, str],  # identifier of a student -> nbgrader's name
-    entered: Entered,
+    entered: list[Entry],
 ) -> list[Result]:
     "The results of all students, one after the other."
     results = []
@@ -1856,7 +1879,11 @@ def mark_class(
         else:
             nothing = same_mark(a, 0.0)
             result = Result(student, nothing, notes=["nothing was handed in"])
-        enter_written(api, a, result, names[student], entered)
+        mine = [entry for entry in entered if entry.student == student]
+        if result.failure:
+            keep_for_next_time(result, mine)
+        else:
+            enter(api, a, result, names[student], mine)
         results.append(result)
     return results
 

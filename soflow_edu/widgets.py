@@ -153,7 +153,6 @@ def paint_mark(ax: "Axes", mark: Mark) -> None:
         ax.annotate("", tip, before, arrowprops=HEAD | {"color": colour})
 
 
-# %% ../nbs/1_plane/18_widgets.ipynb #2b7a9c18
 def paint(ax: "Axes", panel: Panel) -> None:
     "Draws a panel on matplotlib axes."
     for mark in panel.marks:
@@ -587,12 +586,12 @@ function nodesOf(model, el) {
   const side = part("div", "soflow-side", root);
   const key = part("div", "soflow-key", side);
   const words = part("p", "soflow-text", side);
-  const panel = part("div", "soflow-controls", side);
+  const sliders = part("div", "soflow-controls", side);
   for (const [node, role] of [[root, "group"], [picture, "img"]]) {
     node.setAttribute("role", role);
     node.setAttribute("aria-label", model.get("about"));
   }
-  return {root, picture, key, words, panel};
+  return {root, picture, key, words, sliders};
 }
 
 function viewOf(model, el) {
@@ -607,7 +606,7 @@ function viewOf(model, el) {
   view.boxes = [];
   view.held = -1;  // the panel in which something is dragged
   for (const control of view.controls) {
-    view.follow[control.name] = addSlider(control, view.panel, view.send);
+    view.follow[control.name] = addSlider(control, view.sliders, view.send);
   }
   return view;
 }
@@ -635,7 +634,7 @@ function watch(view) {
 function render({ model, el }) {
   const view = viewOf(model, el);
   const playing = view.controls.find(control => control.name === model.get("play"));
-  const stop = playing ? addPlay(playing, view.panel, model, view.send) : () => {};
+  const stop = playing ? addPlay(playing, view.sliders, model, view.send) : () => {};
   listenToPointer(view);
   const unwatch = watch(view);
   return () => {
@@ -726,7 +725,7 @@ class Control:
 
 
 # %% ../nbs/1_plane/18_widgets.ipynb #0257f2e6
-class ControlPanel:
+class Controls:
     "Controls by name, and their values."
 
     def __init__(self, controls: list[Control]):
@@ -747,21 +746,21 @@ class ControlPanel:
 
 
 # %% ../nbs/1_plane/18_widgets.ipynb #6972366e
-class Picture(ControlPanel):
+class Picture(Controls):
     "A picture that follows controls."
 
-    def __init__(self, controls: list[Control], picture: Callable[..., Scene]):
+    def __init__(self, controls: list[Control], scene_of: Callable[..., Scene]):
         super().__init__(controls)
-        self.picture = picture
+        self.scene_of = scene_of
 
     def scene(self, **values: float) -> Scene:
         """The scene for the present values, some of them replaced.
 
-        An error for people becomes its text. Raises InputError for an unknown name or
-        a value out of range."""
+        If scene_of refuses with InputError, the scene says why. Raises InputError for
+        an unknown name or a value out of range."""
         now = self.checked(values)
         try:
-            return self.picture(**now)
+            return self.scene_of(**now)
         except InputError as error:
             return Scene([Panel("no picture", [])], str(error))
 
@@ -912,11 +911,11 @@ class Interactive(Picture):
         self,
         about: str,  # what it shows and how to use it, in a sentence or two
         controls: list[Control],
-        picture: Callable[..., Scene],  # of the values of all controls, by name
+        scene_of: Callable[..., Scene],  # of the values of all controls, by name
         drag: tuple[str, ...] = (),  # names of two controls that follow the pointer
         play: str = "",  # name of a control that a button runs through
     ):
-        super().__init__(controls, picture)
+        super().__init__(controls, scene_of)
         self.about = about
         self.drag = drag
         self.play = play
@@ -983,7 +982,6 @@ def exact_paths(
     y: torch.Tensor | None = None,  # (B,) labels
 ) -> torch.Tensor:  # (T, B, 2)
     "Exact trajectories from t to s to the precision of a screen."
-    # what a finite set still moves below this time is less than a pixel
     low = 5 * getattr(flow, "s_min", 0.0)
     start = span_times(t, x).clamp(min=low)
     end = span_times(s, x).clamp(min=low)
@@ -1110,7 +1108,6 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# %% ../nbs/1_plane/18_widgets.ipynb #a32e1ff0
 def checksums(folder: Path) -> dict[str, str]:  # SHA-256 by file name
     "The list that record_film keeps beside the films; empty if there is none."
     listed = folder / "SHA256SUMS"
@@ -1497,7 +1494,7 @@ def two_triangles(
     l: float,  # the middle time
 ) -> tuple[dict, dict, torch.Tensor]:  # corners by ways, twice; path (T, 2) from A to C
     "The triangle of a learned map, that of the exact map, and the exact path."
-    solved = []
+    solved = []  # the states of each call of the exact map
 
     def exact(x, t, s):
         states = exact_paths(flow, x, t, s)
@@ -1506,6 +1503,7 @@ def two_triangles(
 
     learned_ways = corners(model, model.velocity, a, 1.0, l, 0.0)
     exact_ways = corners(exact, flow.velocity, a, 1.0, l, 0.0)
+    # the first call asks for B and C at once; its states hold the path to C
     to_b_and_c = solved[0]  # (T, 2, 2)
     return learned_ways, exact_ways, to_b_and_c[:, 1]
 
@@ -1585,6 +1583,22 @@ def rms_spread(x: torch.Tensor) -> float:
     return rms(x - x.mean(0))
 
 
+def words_of_guidance(
+    law: GaussianMixture,
+    scale: GuidanceScale,
+    label: int,
+    plain: torch.Tensor,  # (B, 2) samples of the class
+    guided: torch.Tensor,  # (B, 2) guided samples
+) -> str:
+    "What guidance does to a class, in two numbers."
+    return (
+        f"w = {scale.w:.1f}, fading above t = {scale.decay:.2f}. Along the ray of the "
+        f"class the samples lie {along_ray(law, label, guided):.2f} from the origin, "
+        f"those of the class {along_ray(law, label, plain):.2f}; their spread is "
+        f"{rms_spread(guided) / rms_spread(plain):.2f} times that of the class."
+    )
+
+
 # %% ../nbs/1_plane/18_widgets.ipynb #7afcf33b
 def guided_marks(
     data: torch.Tensor,  # (n, 2) of all classes
@@ -1616,23 +1630,6 @@ def scale_panel(scale: GuidanceScale) -> Panel:
         ylabel="w(t)",
         xticks=((0, "0"), (0.5, "0.5"), (1, "1")),
         yticks=tuple((z, str(z)) for z in range(int(top) + 1)),
-    )
-
-
-# %% ../nbs/1_plane/18_widgets.ipynb #494d8b25
-def words_of_guidance(
-    law: GaussianMixture,
-    scale: GuidanceScale,
-    label: int,
-    plain: torch.Tensor,  # (B, 2) samples of the class
-    guided: torch.Tensor,  # (B, 2) guided samples
-) -> str:
-    "What guidance does to a class, in two numbers."
-    return (
-        f"w = {scale.w:.1f}, fading above t = {scale.decay:.2f}. Along the ray of the "
-        f"class the samples lie {along_ray(law, label, guided):.2f} from the origin, "
-        f"those of the class {along_ray(law, label, plain):.2f}; their spread is "
-        f"{rms_spread(guided) / rms_spread(plain):.2f} times that of the class."
     )
 
 

@@ -17,7 +17,7 @@ from soflow_edu.grading import (
     instructor_cells,
     personal,
     personal_mixture,
-    played,
+    points_of_run,
     read_assignment,
     read_notebook,
     student_cells,
@@ -229,7 +229,7 @@ def test_a_solution_is_cut_out():
 def test_reference_is_right_for_every_student(path):
     assignment = read_assignment(path)
     for identifier in ("Zoë O'Neill", "12345"):
-        assert played(assignment, identifier, {}) == assignment.code_points
+        assert points_of_run(assignment, identifier, {}) == assignment.code_points
 
 
 # -------------------------------------------------------------- what is marked
@@ -320,10 +320,10 @@ def test_a_replaced_helper_would_have_earned_points():
     "Otherwise the forger below would not show that tests get their imports anew."
     assignment = read_assignment(SOLVED[0])
     stubs = stubs_of(assignment)
-    honest = played(assignment, "ada", stubs)
+    honest = points_of_run(assignment, "ada", stubs)
     real = grading.close
     try:
-        cheated = played(assignment, "ada", stubs | {2: stubs[2] + PATCH})
+        cheated = points_of_run(assignment, "ada", stubs | {2: stubs[2] + PATCH})
     finally:
         grading.close = real
     assert not any(honest.values()) and sum(cheated.values()) > 10
@@ -480,6 +480,80 @@ def test_slips_of_the_author_are_named(name, old, new, words, tmp_path):
     path = write_tiny(tmp_path, TINY | {name: TINY[name].replace(old, new)})
     with pytest.raises(grading.InputError, match=words):
         read_assignment(path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return read_assignment(write_tiny(tmp_path, TINY))
+
+
+def test_the_identifier_is_set_and_another_one_noted():
+    cell = {"source": "identifier = 'ada'"}
+    note = grading.set_identifier(cell, "eve")
+    assert note == "its identifier is 'ada', but it was marked as 'eve'"
+    assert cell == {"source": "identifier = 'eve'"}
+    assert grading.set_identifier(cell, "Eve ") == "", "case and spaces do not matter"
+    assert "is 'missing'" in grading.set_identifier({"source": "pass"}, "eve")
+
+
+def test_only_locked_cells_count_as_changed(tiny):
+    released = grading.named_cells(student_cells(tiny))
+    for name, differs in (("question-1-tests", True), ("question-1", False)):
+        assert grading.was_changed({"source": "pass"}, released[name]) == differs
+        assert not grading.was_changed(released[name], released[name])
+
+
+def test_missing_cells_go_back_to_their_places(tiny):
+    released = grading.named_cells(student_cells(tiny))
+    names: list[str | None] = ["question-1-tests"]
+    cells = [{}]
+    missing = grading.put_back(names, cells, released)
+    assert names == ["identifier", "question-1", "question-1-tests", "question-2"]
+    assert cells[2] == {} and cells[1]["source"] == released["question-1"]["source"]
+    said = grading.in_words([*missing, "given-a", "given-b"])
+    assert said == "identifier; answer of questions 1, 2; 2 given cells"
+
+
+def test_the_reason_is_found_in_a_log():
+    log = "Converting tiny\nRuntimeError: no kernel\nnbgrader.NbGraderException: failed"
+    assert grading.last_line({"log": log}) == "RuntimeError: no kernel"
+    assert grading.last_line({"error": "it stopped"}) == "it stopped"
+    assert grading.last_line({}) == "it gave no reason"
+
+
+def test_what_a_spreadsheet_changes_does_not_matter():
+    assert grading.spaceless(f"x = 1  \n\n{grading.TESTS_STUB}") == "x = 1"
+    for text in ("a", "=1+1", "-2", "+1", "@me"):
+        guarded = grading.guarded(text)
+        assert guarded[0] not in "=+-@" and grading.unguarded(guarded) == text
+
+
+def test_a_mark_is_believed_only_if_its_tests_gave_it(tiny):
+    twice = tiny.questions[0]
+    ran = twice.tests | {"outputs": [], "execution_count": 3}
+    grading.check_run(twice, ran, 1.5)
+    for cell, points, words in (
+        (twice.tests | grading.no_outputs(), 1.5, "never run"),
+        (ran | {"source": "pass"}, 1.5, "altered"),
+        (ran, 0.0, "not what its tests gave"),
+    ):
+        with pytest.raises(GradingError, match=words):
+            grading.check_run(twice, cell, points)
+
+
+def test_what_happened_is_told_in_words(tiny):
+    twice = tiny.questions[0]
+    solved = twice.answer | {"outputs": []}
+    stub = {"source": stubs_of(tiny)[1], "outputs": []}
+    error = {"output_type": "error", "ename": "ValueError"}
+    passed = {"outputs": []}
+    stopped = {"outputs": [error]}
+    assert grading.what_happened(twice, solved, passed) == "all tests passed"
+    assert grading.what_happened(twice, stub, stopped) == "no answer"
+    own = grading.what_happened(twice, solved | stopped, stopped)
+    assert own == "your answer stopped with ValueError"
+    other = grading.what_happened(twice, solved, stopped)
+    assert other == "a test stopped with ValueError"
 
 
 class TwoStudents:

@@ -16,8 +16,11 @@ from soflow_edu.config import make_config
 from soflow_edu.core import InputError, build, refusal
 from soflow_edu.diagnosis import (
     BREAKS,
+    IN_THE_WEIGHTS,
     PATTERNS,
     RECIPES,
+    Findings,
+    JumpRows,
     MirrorView,
     Pattern,
     Posterior,
@@ -27,12 +30,15 @@ from soflow_edu.diagnosis import (
     diagnose,
     draw_diagnosis,
     holds,
+    last_weights,
     noise_end,
     patient,
     record_of,
     report_run,
     rewired,
+    shape_of,
     suspicions,
+    truth_of,
     wrapped,
 )
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
@@ -216,7 +222,8 @@ def test_the_velocity_from_labelled_data(path):
     of the conditional velocities."""
     data = FiniteSet(randn(300, 3), torch.arange(300) % 4)
     model = SimpleNamespace(path=path)
-    probe = Probe(model, None, data, randn(64, 3, seed=1), None, 16, 0, labelled=True)
+    noise = randn(64, 3, seed=1)
+    probe = Probe(noise, model=model, source=data, labelled=True, count=16)
     estimate = Posterior(probe)
     pool, kinds = data.sample(2000, probe.generator(7))
     mean = FiniteSet(pool, kinds).velocity(probe.xv, probe.tv, path, probe.y)
@@ -407,6 +414,40 @@ CONDITIONS = {
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions(condition):
     assert holds(condition, {"a": 1.0, "b": 0.5}) == CONDITIONS[condition]
+
+
+def test_what_was_not_measured_fulfils_no_condition():
+    assert not holds("bend < -0.2", {}) and holds("coverage? < 0.1", {})
+
+
+def test_rows_and_noise_of_jumps():
+    jumps = JumpRows(randn(64, 2), None, 16, 0)
+    assert jumps.rows("short", "long").tolist() == [*range(16), *range(32, 48)]
+    assert torch.equal(jumps.noise(2), jumps.noise(2))
+    assert not torch.equal(jumps.noise(2), jumps.noise(3))
+
+
+def test_findings_quote_the_settings_of_their_pattern():
+    seeking = next(p for p in IN_THE_WEIGHTS if p.name == "mode_seeking")
+    measures = {"velocity": 1.2, "moved_by_round": 0.0}
+    found = Findings(measures, seeking, {"objective.p": 1.0, "seed": 0})
+    assert found.name == "mode_seeking" and not found.sound
+    assert found.settings == {"objective.p": 1.0}
+    assert [pattern.name for pattern in found.others] == ["wrong_velocity"]
+
+
+def test_the_last_weights_and_the_truth_of_a_run():
+    run = patient("r_is_one", steps=10)
+    assert last_weights(run) is run.model
+    assert last_weights(replace(run, ema=run.model.state_dict())) is None
+    truth = truth_of(run)
+    assert truth is not None and truth.distribution.means.shape == (8, 2)
+
+
+def test_the_shape_of_a_sample_follows_from_the_network():
+    picture = SimpleNamespace(options={"channels": 3, "size": 8})
+    assert shape_of(SimpleNamespace(net=picture)) == (3, 8, 8)
+    assert shape_of(SolutionModel(build("network", "mlp", width=8))) == (2,)
 
 
 def test_a_pattern_without_conditions_fits_always():

@@ -104,6 +104,7 @@ def test_memory_of_published_sizes():
     assert many.activations == 64 * one.activations
     assert many.state == one.state
     assert one.state == 20 * sum(p.numel() for p in DiT("B/4").parameters())
+    assert one.total == one.state + kept_bytes(DiT("B/4").spec(), 1)
 
 
 def test_a_plan():
@@ -112,8 +113,8 @@ def test_a_plan():
     assert "!" in plan_table("RTX 4090", (1,)).splitlines()[4]
     with pytest.raises(InputError, match="H100"):
         plan_table("H10")
-    with pytest.raises(InputError, match="share"):
-        plan_table(share=0)
+    with pytest.raises(InputError, match="efficiency"):
+        plan_table(efficiency=0)
 
 
 def test_another_batch_sees_the_same_pictures():

@@ -126,7 +126,7 @@ def consistency_loss(d, meta, model):
 
 LOSSES = {
     "fm": (flow_matching_loss, 1e-6, 5e-6),
-    "scm": (consistency_loss, 2e-5, 1e-5),
+    "scm": (consistency_loss, 2e-6, 1e-5),
 }
 
 

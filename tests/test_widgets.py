@@ -2,7 +2,10 @@
 is shipped."""
 
 import json
+import math
 import re
+import shutil
+import subprocess
 import time
 from dataclasses import asdict
 
@@ -120,6 +123,150 @@ def test_picture_without_a_kernel(interactive, monkeypatch):
         widgets.page_class()
 
 
+# ----------------------------------------------------------------- pieces of a scene
+def test_ticks_are_round_and_few():
+    assert widgets.ticks(-3, 3) == widgets.PLANE_TICKS
+    assert widgets.ticks(0.1, 1.4) == ((0.5, "0.5"), (1.0, "1"))
+    steps = [word for _, word in widgets.step_ticks(6000)]
+    assert steps == ["0", "10", "100", "1,000"]
+
+
+def test_dashes_are_counted_in_widths_of_the_line():
+    xy = torch.zeros(2, 2)
+    assert widgets.line_style(widgets.Mark(xy, marker="D")) == "none"
+    assert widgets.line_style(widgets.Mark(xy, line=2)) == "-"
+    dashed = widgets.Mark(xy, line=2, dash=(2, 3))
+    assert widgets.line_style(dashed) == (0, (1, 1.5))
+
+
+def test_decades_do_not_end_at_zero():
+    numbers = torch.tensor([0.0, 0.01, 1000.0])
+    assert widgets.decade(numbers).tolist() == pytest.approx([-4, -2, 3])
+
+
+def test_a_window_keeps_all_points_in_sight():
+    window = widgets.square_around(torch.tensor([[0.0, 0.0], [2.0, 1.0]]))
+    assert window["xlim"] == pytest.approx((-0.3, 2.3))
+    assert window["ylim"] == pytest.approx((-0.8, 1.8))
+
+
+def test_the_scale_of_guidance_has_whole_numbers_beside_it():
+    panel = widgets.scale_panel(GuidanceScale(3.0, 0.4))
+    assert [word for _, word in panel.yticks] == ["0", "1", "2", "3"]
+
+
+def test_over_saturation_in_two_numbers():
+    law = widgets.three_classes()
+    assert math.isclose(widgets.along_ray(law, 0, law.means[:1]), 1, rel_tol=1e-6)
+    assert widgets.rms_spread(torch.tensor([[0.0, 0.0], [2.0, 0.0]])) == 1
+    plain = law.means[0] + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    guided = law.means[0] + torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
+    scale = GuidanceScale(3.0, 0.4)
+    words = widgets.words_of_guidance(law, scale, 0, plain, guided)
+    assert words.endswith("their spread is 0.50 times that of the class.")
+
+
+# ------------------------------------------------------------- the script of the page
+NEEDS_NODE = pytest.mark.skipif(
+    not shutil.which("node"),
+    reason="needs node, chromium and playwright-core: make browser",
+)
+
+
+def on_page(script, question):
+    "What an expression is once a script has run, in node."
+    asked = f"{script}\nconsole.log(JSON.stringify({question}));"
+    node = ["node", "--input-type=module", "--eval", asked]
+    run = subprocess.run(node, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# A pen that keeps the corners stands in for the canvas.
+AREA = """
+const corners = [];
+const pen = {beginPath() {}, fill() {}, lineTo(x, y) { corners.push([x, y]); }};
+function area(shape) {
+  corners.length = 0;
+  polygon(pen, shape, 0, 0, 10);
+  const parts = corners.map(([x, y], i) => {
+    const [u, v] = corners[(i + 1) % corners.length];
+    return (x * v - u * y) / 2;
+  });
+  return parts.reduce((a, b) => a + b);
+}
+"""
+
+
+@NEEDS_NODE
+def test_all_markers_of_a_size_cover_the_same_area():
+    areas = on_page(widgets.MARKS_JS + AREA, "Object.keys(SHAPES).map(area)")
+    pixels = 1.6 * 10  # the script draws a size of 10 points as so many pixels
+    assert areas == pytest.approx([pixels**2 / 2] * len(MARKERS))
+
+
+@NEEDS_NODE
+@pytest.mark.parametrize(
+    "width, corners", [(900, [[52, 32], [502, 32]]), (400, [[52, 32], [52, 450]])]
+)
+def test_panels_stand_side_by_side_or_below(width, corners):
+    asked = f"layout({{panels: [{{}}, {{}}]}}, {width}).map(box => [box.x, box.y])"
+    assert on_page(widgets.LAYOUT_JS, asked) == corners
+
+
+# A piece of the plane in a square of 300 pixels.
+SQUARE = """
+const box = {x: 52, y: 32, side: 300};
+const {X, Y, back} = scales({xlim: [-3, 3], ylim: [-3, 3]}, box);
+"""
+
+
+@NEEDS_NODE
+def test_places_become_pixels_and_pixels_places():
+    script = widgets.LAYOUT_JS + SQUARE
+    assert on_page(script, "[X(-3), Y(-3), X(0), Y(1.5)]") == [52, 332, 202, 107]
+    assert on_page(script, "back(X(0), Y(1.5))") == [0, 1.5]
+
+
+# A pen that keeps nothing but words.
+WORDS = """
+const words = [];
+const pen = new Proxy({fillText: word => words.push(word)}, {
+  get: (known, name) => known[name] ?? (() => {}),
+});
+const box = {x: 52, y: 32, side: 300};
+drawPanel(pen, scene.panels[0], box, colour => colour, "serif");
+"""
+
+
+@NEEDS_NODE
+def test_a_panel_writes_its_title_labels_and_ticks():
+    mark = widgets.Mark(torch.zeros(2, 2), marker="D")
+    panel = widgets.Panel("a scene", [mark], xlabel="across", ylabel="up")
+    scene = json.dumps(widgets.message(widgets.Scene([panel], "")))
+    pieces = widgets.MARKS_JS + widgets.LAYOUT_JS + widgets.PANELS_JS
+    ticks = [word for _, word in panel.xticks + panel.yticks]
+    words = on_page(f"{pieces}const scene = {scene};{WORDS}", "words")
+    assert words == ["a scene", "across", "up", *ticks]
+
+
+@NEEDS_NODE
+@pytest.mark.parametrize("colour", ["#0072b2", "rgb(0, 114, 178)"])
+def test_colours_are_read_in_both_spellings(colour):
+    assert on_page(widgets.DRAW_JS, f"rgb({colour!r})") == [0, 114, 178]
+
+
+@NEEDS_NODE
+def test_page_and_kernel_move_a_place_to_the_same_step():
+    control = widgets.Control("r", "radius", 0, 2.5, 0.1, 1)
+    slider = json.dumps(asdict(control))
+    places = [0.37, 1.52, 2.04]
+    asked = f"{places}.map(place => nearest({slider}, place))"
+    assert on_page(widgets.DRAG_JS, asked) == [control.nearest(z) for z in places]
+    outside = f"[-1.0, 3.0].map(place => nearest({slider}, place))"
+    assert on_page(widgets.DRAG_JS, outside) == [control.low, control.high]
+
+
 # -------------------------------------------------------------------- each of them
 def test_numbers_in_words_are_those_of_the_exact_map():
     model, flow = widgets.trained_pair()
@@ -144,6 +291,8 @@ def test_the_film_shows_the_frame_of_its_slider(k):
     assert scene.text.endswith(f"{film.error[k]:.3f}.")
     now = error.marks[1].xy[0, 1]
     assert torch.allclose(10**now, film.error[k].double())
+    first = widgets.ends_panel(film, 0)
+    assert (ends.xlim, ends.ylim) == (first.xlim, first.ylim), "the axes must not move"
 
 
 @pytest.mark.parametrize("l", [0.2, 0.7, 1.0])
@@ -180,11 +329,11 @@ def test_an_animation_moves_and_needs_no_net():
 
 # ------------------------------------------------------------------------- errors
 def test_an_error_for_people_becomes_the_text():
-    def picture(z):
+    def scene_of(z):
         raise InputError("This cannot be drawn.")
 
     control = widgets.Control("z", "z", 0, 1, 0.1, 0)
-    broken = widgets.Interactive("Broken.", [control], picture)
+    broken = widgets.Interactive("Broken.", [control], scene_of)
     assert broken.scene().text == "This cannot be drawn."
     assert broken.widget.scene["text"] == "This cannot be drawn."
     for wrong in ({"y": 0.5}, {"z": 2}, {"z": float("nan")}):
@@ -241,6 +390,8 @@ def test_films_are_small_and_listed():
     assert size < widgets.MOST_BYTES == 1_000_000
     listed = set(widgets.checksums(folder))
     assert listed == {f"{name}.safetensors" for name in FILMS} and len(FILMS) >= 3
+    for name, code in widgets.checksums(folder).items():
+        assert widgets.checksum(folder / name) == code, name
 
 
 def record(folder):
