@@ -40,9 +40,8 @@ def ready() -> bool:
 
 
 READY = ready()
-pytestmark = pytest.mark.skipif(
-    not READY, reason="needs node, chromium and playwright-core: make browser"
-)
+NEEDS = "needs node, chromium and playwright-core: make browser"
+pytestmark = [pytest.mark.skipif(not READY, reason=NEEDS), pytest.mark.slow]
 
 
 def driven(script: str, **settings) -> dict:

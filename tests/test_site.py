@@ -327,6 +327,7 @@ def check_look(page: dict, dark: bool, where: str):
 
 @needs_site
 @needs_browser
+@pytest.mark.slow
 def test_pages_are_readable_wide_and_narrow_light_and_dark():
     seen = driven(
         "site.mjs",
@@ -349,6 +350,7 @@ def test_pages_are_readable_wide_and_narrow_light_and_dark():
 
 @needs_site
 @needs_browser
+@pytest.mark.slow
 def test_code_and_output_of_chapters_fit_their_column():
     names = [f"{chapter}.html" for chapter in CHAPTERS]
     seen = driven("columns.mjs", folder=SITE.as_uri(), chromium=CHROMIUM, pages=names)
