@@ -62,7 +62,7 @@ def velocities(
     extras = {}
     for name, value in rows.extras.items():
         extras[name] = torch.cat([value] * count)
-    return model.velocity(xt, t, torch.cat(labels), **extras).chunk(count)
+    return model.velocity_at(xt, t, torch.cat(labels), **extras).chunk(count)
 
 
 # %% ../nbs/1_plane/15_guidance.ipynb #6000f907

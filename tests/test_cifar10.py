@@ -970,6 +970,7 @@ def test_the_kept_scores_keep_the_limits(of_the_clone):
     assert soflow[4, "shifted_jump"] <= 1.25 * many
 
 
+@pytest.mark.slow
 def test_the_kept_weights_give_their_score(of_the_clone):
     "The score again where the photographs and the classifier can be read."
     for name in KEPT:

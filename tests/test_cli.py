@@ -34,6 +34,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):
     words = ("demo", "--seconds", "2", "--json", "copy.json")
     first = program("soflow", *words, folder=tmp_path)
@@ -114,6 +115,7 @@ class OwnLine(LinearPath):
 """
 
 
+@pytest.mark.slow
 def test_own_components_are_found_by_every_command(tmp_path):
     "A path in a file of one's own trains, is loaded, sampled and judged."
     (tmp_path / "my_line.py").write_text(OWN)

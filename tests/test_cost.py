@@ -1,13 +1,12 @@
 "The restated published step and ours: the same mathematics, measured in turns."
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.nn import functional
 
+from helpers import soflow
 from soflow_edu import unet
 from soflow_edu.config import load_config
 from soflow_edu.core import InputError
@@ -222,7 +221,6 @@ def test_times_are_shown_and_written(tmp_path):
 
 
 def test_the_command_refuses_before_it_works():
-    command = ["-m", "soflow_edu", "bench", "step", "--network", "Unet"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert done.returncode == 2 and "UNet" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = soflow("bench", "step", "--network", "Unet")
+    assert done.status == 2 and "UNet" in done.err
+    assert "Traceback" not in done.err

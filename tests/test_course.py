@@ -735,6 +735,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
+@pytest.mark.slow
 def test_silent_failures_of_nbgrader_are_loud(fault, words, tmp_path, monkeypatch):
     assignment = read_assignment(SOLVED[0])
     home = tmp_path / "submissions"

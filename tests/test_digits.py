@@ -299,10 +299,14 @@ def trained_on(data, config):
     return run
 
 
+def digits_after(steps: int):
+    config = replace(load_config("digits"), steps=steps, seconds=None)
+    return trained_on(law_of(config.data), config)
+
+
 @pytest.fixture(scope="module")
 def run():
-    config = replace(load_config("digits"), steps=300, seconds=None)
-    return trained_on(law_of(config.data), config)
+    return digits_after(30)
 
 
 def test_configuration_is_within_its_budget():
@@ -313,7 +317,9 @@ def test_configuration_is_within_its_budget():
     assert config.objective["target"]["name"] == "guided"
 
 
-def test_one_step_digits_are_read_as_asked_for_and_are_no_copies(run):
+@pytest.mark.slow
+def test_one_step_digits_are_read_as_asked_for_and_are_no_copies():
+    run = digits_after(300)
     y = torch.arange(300) % 10
     x = sample(trained(run), noise(300, 5), 1, y=y).clamp(-1, 1)
     assert agreement(x, y) > 0.9

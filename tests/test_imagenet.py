@@ -198,6 +198,7 @@ def test_samples_are_those_of_one_process_whoever_makes_them(folder, tmp_path):
     assert names_in(tmp_path) == ["whole.npz"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(folder, tmp_path):
     count = ("--count", "600")
     one = sampling(folder, tmp_path / "one.npz", *count)
@@ -209,6 +210,7 @@ def test_two_processes_share_the_work(folder, tmp_path):
     assert "600 samples" in many.stdout.read()
 
 
+@pytest.mark.slow
 def test_sampling_survives_being_killed(folder, tmp_path):
     count = ("--count", "1500")
     whole = tmp_path / "whole.npz"
@@ -367,6 +369,7 @@ def test_changed_pictures_are_encoded_again(one_each):
     assert not torch.equal(latents_of(one_each).latents.read([0]), before)
 
 
+@pytest.mark.slow
 def test_agreement_is_part_of_an_evaluation(folder):
     found = evaluate_run(load_run(folder), count=40, device="cpu")
     assert 0 <= found.values["agreement"] <= 1

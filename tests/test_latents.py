@@ -230,6 +230,7 @@ print(last)
 
 
 @pytest.mark.parametrize("kind", ["sound", "broken"])
+@pytest.mark.slow
 def test_a_kill_after_any_operation_on_files_loses_nothing(images, tmp_path, kind):
     """The process ends for good at its first, second, third, ... operation.
 
@@ -269,6 +270,7 @@ def killed_at_a_moment(images, out, moments):
     return killed
 
 
+@pytest.mark.slow
 def test_killed_for_good_again_and_again(images, tmp_path):
     moments = random.Random(0)
     kills = 0
@@ -303,6 +305,7 @@ def test_what_is_done_is_not_done_again(images, tmp_path, monkeypatch):
     assert np.array_equal(latents_in(tmp_path), whole[:20])
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_file(images, tmp_path):
     """Each its own parts; the second call is told that there is nothing to do.
 
@@ -459,6 +462,7 @@ def small_vae(tmp_path):
     return tmp_path / "vae", net
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_diffusers_is_read_from_a_folder(small_vae, images, tmp_path):
     "Mean, standard deviation and scale are those of diffusers."
     folder, net = small_vae
@@ -511,6 +515,7 @@ def test_it_can_be_copied_pickled_and_forked(some):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.slow
 def test_it_can_be_loaded_by_workers(some, start):
     data = Latents(some[0])
     data.sample(16, torch.Generator())

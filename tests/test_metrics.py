@@ -815,6 +815,7 @@ def distances_of_noise(more, z, net):
     return found
 
 
+@pytest.mark.slow
 def test_classifier_orders_noise(tmp_path):
     """Of CIFAR-10 where it can be read, by the distances of its README at 2,000.
 

@@ -150,6 +150,7 @@ def check_own_points(seen):
 @pytest.mark.skipif(
     not READY, reason="needs node, chromium and playwright-core: make browser"
 )
+@pytest.mark.slow
 def test_page_answers_as_python_does_to_mouse_keyboard_and_touch(model, tmp_path):
     law = law_of("eight_gaussians")
     asked = list(questions())
@@ -172,6 +173,7 @@ def stand_in(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_page_is_whole_and_fetches_nothing(model, stand_in):
     text = page(model, law_of("eight_gaussians"), runtime=stand_in)
     assert "%%" not in text and "http" not in text.replace("http-equiv", "")

@@ -658,6 +658,7 @@ def found_by_processes(count: int, accumulate: int, folder: Path) -> list[dict]:
     return [torch.load(file, weights_only=True) for file in files]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one_that_accumulates(tmp_path):
     first, second = found_by_processes(2, 2, tmp_path)
     assert torch.equal(first["gradient"], second["gradient"])
