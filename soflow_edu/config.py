@@ -278,7 +278,7 @@ def make_config(
 
 
 # %% ../nbs/1_plane/11_config.ipynb #bfd33809
-def to_yaml(config) -> str:
+def to_yaml(config: Config) -> str:
     "The YAML text from which `make_config(read_yaml(text))` makes an equal Config."
     import yaml
 

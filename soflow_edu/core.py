@@ -281,7 +281,7 @@ def build(
 
 
 # %% ../nbs/0_start/01_core.ipynb #7aa2b9da
-def describe(component) -> dict[str, Any]:  # plain enough for YAML and JSON
+def describe(component: Any) -> dict[str, Any]:  # plain enough for YAML and JSON
     """The dictionary {"name": ..., option: value} from which `build` makes an equal
     object.
 
@@ -302,7 +302,7 @@ def describe(component) -> dict[str, Any]:  # plain enough for YAML and JSON
     return description
 
 
-def described(value):
+def described(value: Any) -> Any:
     "The value of an option, in words if it is a component itself."
     if is_dataclass(value) or hasattr(value, "spec"):
         return describe(value)
@@ -397,7 +397,7 @@ def run_file(path: pathlib.Path):
 # %% ../nbs/0_start/01_core.ipynb #7f0de147
 def import_components(
     imports: Iterable[str],  # names of modules, or of Python files that end in .py
-):
+) -> None:
     """Imports modules of your own, so that the components they register are known.
 
     Raises InputError for a module or a file that is not there, or for no name."""
@@ -485,9 +485,9 @@ def png_of(
 
 # %% ../nbs/0_start/01_core.ipynb #a27a35e3
 def show(
-    figure,  # a matplotlib figure
+    figure: Any,  # a matplotlib figure
     alt: str,  # its finding in a sentence, for readers who cannot see it
-):
+) -> None:
     "Displays a figure as a PNG with its alternative text, and closes it."
     from IPython.display import display
 

@@ -498,7 +498,7 @@ class ConvNet(ToldNetwork):
         self.outlet = convolution(width, channels * patch**2)
         set_to_zero(self.outlet)  # a new network answers zero
 
-    def spec(self) -> dict:
+    def spec(self) -> dict[str, Any]:
         "The description from which `build` makes an equal network."
         return {"name": "conv"} | self.options
 

@@ -211,19 +211,31 @@ class Distribution(GuidedLaw):
         raise NotImplementedError
 
     def posterior_mean(
-        self, x: torch.Tensor, t, path: Path, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,  # (B, ...)
+        t: float | torch.Tensor,  # a number or (B,)
+        path: Path,
+        y: torch.Tensor | None = None,  # (B,) labels
     ) -> torch.Tensor:  # (B, ...)
         "E[x0 | x_t = x]."
         return self.posterior(x, t, path, y)[0]
 
     def score(
-        self, x: torch.Tensor, t, path: Path, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,  # (B, ...)
+        t: float | torch.Tensor,  # a number or (B,)
+        path: Path,
+        y: torch.Tensor | None = None,  # (B,) labels
     ) -> torch.Tensor:  # (B, ...)
         "The gradient of log p_t at x."
         return self.posterior(x, t, path, y)[1]
 
     def log_density(
-        self, x: torch.Tensor, t, path: Path, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,  # (B, ...)
+        t: float | torch.Tensor,  # a number or (B,)
+        path: Path,
+        y: torch.Tensor | None = None,  # (B,) labels
     ) -> torch.Tensor:  # (B,)
         "log p_t(x), the natural logarithm."
         return self.posterior(x, t, path, y)[2]

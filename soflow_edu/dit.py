@@ -7,6 +7,7 @@ __all__ = ["MODELS", "DiT", "multiply_adds"]
 
 # %% ../nbs/3_imagenet/01_dit.ipynb #e926c862
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -349,11 +350,16 @@ class DiT(DiTLayers):
         super().__init__(options)
         start_as_published(self)
 
-    def spec(self) -> dict:
+    def spec(self) -> dict[str, Any]:
         "The description from which `build` makes an equal network."
         return {"name": "dit"} | self.options
 
-    def through(self, block, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def through(
+        self,
+        block: nn.Module,
+        h: torch.Tensor,  # (B, N, width) tokens
+        c: torch.Tensor,  # (B, width) condition
+    ) -> torch.Tensor:  # (B, N, width)
         "What a block makes of the tokens, with checkpointing if gradients are wanted."
         if self.options["checkpointing"] and torch.is_grad_enabled():
             return checkpoint(block, h, c, use_reentrant=False)

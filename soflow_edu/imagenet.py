@@ -631,7 +631,7 @@ def write_sheet(
     seed: int = 0,
     device: str = "auto",
     autoencoder: str = "",  # another one than that of the data
-):
+) -> None:
     """A sheet of the first samples.
 
     It has a column for each class, or a word above each picture. Raises InputError as

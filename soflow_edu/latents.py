@@ -1340,7 +1340,7 @@ class Latents:
 
     def drawn(
         self,
-        rows,  # whole numbers (n,)
+        rows: list[int] | torch.Tensor | np.ndarray,  # (n,)
         generator: torch.Generator | None,
     ) -> torch.Tensor:  # (n, channels, size, size)
         mean, std = self.read(rows).chunk(2, 1)

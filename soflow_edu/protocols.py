@@ -8,7 +8,7 @@ __all__ = ["Law", "Path", "Times", "Network", "VelocityField", "Objective", "Tar
 
 # %% ../nbs/0_start/02_protocols.ipynb #ce0e095a
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -107,7 +107,7 @@ class VelocityField(Protocol):
 class Objective(Protocol):
     "What a network is trained for."
 
-    learns: str  # "map" f(x, t, s), or "velocity" only, which a solver must follow
+    learns: ClassVar[str]  # "map", f(x, t, s), or "velocity", which a solver follows
 
     def draw(self, batch: Any, progress: float, generator: "Generator") -> Any:
         "The random numbers of a step (flow_matching.Draws) for a batch of data."

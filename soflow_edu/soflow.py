@@ -464,18 +464,18 @@ class Semigroup(SoFlow):
             )
             raise InputError(message)
 
-    def shares(self, progress):
+    def shares(self, progress: float) -> tuple[float, float]:
         start, end = self.velocity_weight
         return start ** (1 - progress) * end**progress, 1.0
 
-    def fraction(self, t, s, progress, generator):
+    def fraction(self, t, s, progress: float, generator) -> Any:
         share = torch.rand(t.shape, generator=generator, device=t.device)
         return share / self.jumps
 
-    def weight(self, gap, b):
+    def weight(self, gap, b) -> torch.Tensor:
         return (gap / b) ** 2  # eq. 1.9.7
 
-    def step(self, model, rows):
+    def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
         "The velocity of the model's own jump from t to l."
         F = model.F(rows.xt, rows.t, rows.l, rows.y, **rows.extras)
         xl = model.solution_from(F, rows.xt, rows.t, rows.l)

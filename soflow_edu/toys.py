@@ -280,7 +280,7 @@ def word(n: int, generator: torch.Generator) -> Labelled:
 
 # %% ../nbs/1_plane/02_toys.ipynb #664803c9
 def plot_points(
-    ax,  # matplotlib axes
+    ax: Any,  # matplotlib axes
     x: torch.Tensor,  # (n, 2)
     y: torch.Tensor | None = None,  # (n,) labels, shown as colours and markers
     limit: float = 3.0,  # half the side of the frame

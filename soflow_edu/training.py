@@ -51,6 +51,7 @@ from .config import (
 )
 from .core import InputError, build, describe, names
 from .flow_matching import Batch, Draws
+from .protocols import Objective
 from .solution import SolutionModel
 
 
@@ -655,8 +656,8 @@ def opened(model: SolutionModel, objective, config: Config, resume, out) -> Run:
 # %% ../nbs/1_plane/12_training.ipynb #2edf950a
 def train(
     model: SolutionModel,
-    objective,  # draw(batch, progress, generator), loss(model, batch, draws, progress)
-    data,  # anything with sample(n, generator)
+    objective: Objective,  # has draw and loss
+    data: Any,  # anything with sample(n, generator)
     config: Config,  # how long, how fast, from which seed
     resume: Run | None = None,  # from resume_run; model and config are then its own
     *,

@@ -516,7 +516,7 @@ class UNet(Layers):
         check_settings(options)
         super().__init__(options)
 
-    def spec(self) -> dict:
+    def spec(self) -> dict[str, Any]:
         "The description from which `build` makes such a network."
         return {"name": "unet"} | self.options
 
