@@ -238,8 +238,18 @@ def notebook_findings(path: Path, root: Path) -> Iterator[Finding]:
             yield Finding(place, 0, f"shows {len(line)} columns: {line[:60]} ...")
 
 
+def long_lines(path: Path, root: Path) -> Iterator[Finding]:
+    "Lines of a configuration that do not fit the page."
+    place = path.relative_to(root).as_posix()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if len(line) > CODE_WIDTH:
+            yield Finding(place, number, f"{len(line)} columns")
+
+
 def findings(path: Path, root: Path) -> list[Finding]:
     "All places of a file that break the rules of the house."
+    if path.suffix == ".yaml":
+        return list(long_lines(path, root))
     found = []
     for cell in cells_of(path, root):
         found += broken_rules(cell)
@@ -252,9 +262,10 @@ def findings(path: Path, root: Path) -> list[Finding]:
 
 
 def own_files(root: Path) -> list[Path]:
-    "The files that the rules are for: notebooks, tests, and what keeps the book."
+    "The files that the rules are for: notebooks, configurations, tests, tools."
     folders = ("nbs", "tests", "docs")
     files = [root / "setup.py"]
+    files += sorted((root / "soflow_edu/configs").glob("*.yaml"))
     for folder in folders:
         for kind in ("*.ipynb", "*.py"):
             files += sorted((root / folder).rglob(kind))
