@@ -13,6 +13,8 @@ CODE := soflow_edu nbs tests docs setup.py
 PYTEST := -n 2 --dist worksteal
 STAMP := $(VENV)/.installed
 SITE := $(VENV)/.site
+# Where this is set, each new process would compile torch again, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -226,6 +226,7 @@ def test_a_solution_is_cut_out():
 
 
 @EACH_ASSIGNMENT
+@pytest.mark.slow
 def test_reference_is_right_for_every_student(path):
     assignment = read_assignment(path)
     for identifier in ("Zoë O'Neill", "12345"):

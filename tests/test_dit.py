@@ -143,8 +143,10 @@ def weights_after_two_steps(settings):
 
 @pytest.mark.parametrize(
     "changes, objective",
-    [COMPILED, CHECKPOINTED],
-    ids=["compiled", "checkpointed"],
+    [
+        pytest.param(*COMPILED, id="compiled", marks=pytest.mark.slow),
+        pytest.param(*CHECKPOINTED, id="checkpointed"),
+    ],
 )
 def test_compiled_and_checkpointed_steps_are_the_same(changes, objective):
     """Each graph takes the compiler half a minute.

@@ -200,6 +200,7 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in LONG]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *LONG])
+@pytest.mark.slow
 def test_pictures_pass_through_all_verbs_unchanged(tmp_path, pictures, name):
     given = {"steps": 200, "batch": 32, "network": "picture", "learning_rate": 1e-2}
     config = make_config(given | {"objective": OBJECTIVES[name]})

@@ -97,6 +97,7 @@ def test_a_picture_is_readable_without_colours(interactive):
     assert interactive.scene().text.endswith(".")
 
 
+@pytest.mark.slow
 def test_answers_within_a_fifth_of_a_second(interactive):
     """CPU time of the kernel, the least of five times, so that a busy machine does not
     decide.
