@@ -126,13 +126,18 @@ def texts(content: Any) -> set[str]:
     return found
 
 
+def parts_of_runs() -> dict[str, dict[str, str]]:
+    """The catalogue without readers: only files of other projects are read by them, and
+    a notebook that has such a file imports the module of its reader."""
+    return {kind: catalogue()[kind] for kind in catalogue() if kind != "reader"}
+
+
 def built(code: str) -> set[str]:
     "Modules of the components that code names, itself or through a configuration."
     named = words(code) | texts(yaml.safe_load_all(configurations(code)))
     found = set()
-    for kind, entries in catalogue().items():
-        if kind != "reader":  # which no configuration names
-            found |= {entries[name] for name in entries if name in named}
+    for entries in parts_of_runs().values():
+        found |= {entries[name] for name in entries if name in named}
     return {name for name in found if is_module(name)}
 
 
@@ -188,7 +193,7 @@ def fixed_parts(code: str) -> set[str]:
     "Modules of the components that a module names together with their kind."
     named = words(code)
     found = set()
-    for kind, entries in catalogue().items():
+    for kind, entries in parts_of_runs().items():
         if kind in named:
             found |= {entries[name] for name in entries if name in named}
     return {name for name in found if is_module(name)}
