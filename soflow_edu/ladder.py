@@ -480,7 +480,8 @@ def judge_pictures(
 ) -> Evaluation:
     """Scores of pictures beside those of a data set.
 
-    Raises InputError for data without any, and for an unknown part."""
+    Raises InputError for data without any, for an unknown part, and where nobody names
+    features."""
     if not hasattr(data, "test"):
         message = (
             f"Pictures were to be judged beside {type(data).__name__}, which has no "
@@ -491,6 +492,12 @@ def judge_pictures(
     if part not in ("test", "train"):
         raise unknown("part of a data set", part, ("test", "train"))
     features = features or data.features
+    if not features:
+        message = (
+            f"{data.name} names no features by which its pictures are judged. "
+            f"Name some as features: {', '.join(names('features'))}."
+        )
+        raise InputError(message)
     beside = data.test if part == "test" else data.points
     report = evaluate_samples(x, beside, features, device=device)
     options = {

@@ -1,10 +1,12 @@
 "The rungs of the ladder, and what they refuse."
 
 import pytest
+import torch
 
 from helpers import complaint
 from soflow_edu.config import load_config, make_config
-from soflow_edu.ladder import evaluate_run, rungs, train_run
+from soflow_edu.digits import Pictures
+from soflow_edu.ladder import evaluate_run, judge_pictures, rungs, train_run
 
 SOURCES = ("measured", "published", "estimated")
 
@@ -46,3 +48,12 @@ def test_options_that_a_map_of_the_plane_has_no_use_for_are_refused(
     map_of_the_plane, option
 ):
     assert "Leave out" in complaint(evaluate_run, map_of_the_plane, **option)
+
+
+def test_pictures_whose_data_set_names_no_features_ask_for_some():
+    x = 2 * torch.rand(4, 1, 8, 8) - 1
+    y = torch.zeros(4).long()
+    nameless = Pictures("bars", x, y, x, y, ["all"])
+    said = complaint(judge_pictures, x, nameless)
+    assert "bars names no features" in said
+    assert "random_filters" in said
