@@ -282,6 +282,33 @@ def questions_in(cells: list[dict], path: str | Path) -> list[Question]:
     return questions
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #joined-tests
+BEGIN_TESTS = "### BEGIN HIDDEN TESTS\n"
+END_TESTS = "\n### END HIDDEN TESTS"
+
+
+def joined(cells: list[dict]) -> list[dict]:
+    """The cells of a notebook, with hidden tests of several cells in one.
+
+    Raises InputError for tests that continue nothing."""
+    whole = []
+    for cell in cells:
+        source = cell["source"]
+        if "continued" not in directives(source):
+            whole.append(cell)
+            continue
+        if not whole or role(whole[-1]) != "tests":
+            message = (
+                f"A cell continues no tests: {source[:60]!r}. "
+                "Put it below a cell with '#| points: ...'."
+            )
+            raise InputError(message)
+        so_far = whole[-1]["source"].removesuffix(END_TESTS)
+        more = source.removeprefix("#| continued\n").removeprefix(BEGIN_TESTS)
+        whole[-1] = whole[-1] | {"source": f"{so_far}\n\n\n{more}"}
+    return whole
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #87a449cc
 def fault_of_markers(source: str) -> str:
     "What is wrong with the markers of a cell; empty if nothing is."
@@ -332,7 +359,7 @@ def read_assignment(
     """Reads a solved notebook.
 
     Raises InputError if a question lacks something, with its number."""
-    cells = read_notebook(path)["cells"]
+    cells = joined(read_notebook(path)["cells"])
     questions = questions_in(cells, path)
     title = cells[0]["source"].splitlines()[0].lstrip("# ")
     assignment = Assignment(Path(path).stem, title, cells, questions)

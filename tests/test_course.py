@@ -424,6 +424,17 @@ def test_marks_of_all_kinds_of_submissions(tmp_path):
     assert words in (out / "feedback/half wrong.md").read_text()
 
 
+@pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
+def test_tests_of_several_cells_are_one(path):
+    "Of students' notebooks, and of marks."
+    assignment = read_assignment(path)
+    assert not any("#| continued" in cell["source"] for cell in assignment.cells)
+    for q in assignment.questions:
+        if not q.written:
+            assert q.tests["source"].count("BEGIN HIDDEN TESTS") == 1
+            assert q.tests["source"].endswith("### END HIDDEN TESTS")
+
+
 # ----------------------------------------------------- a small assignment of our own
 TITLE = "# Tiny"
 IDENTIFIER = "#| identifier\nidentifier = 'your-name'"
