@@ -8,7 +8,7 @@ __all__ = ["MLP", "Batch", "Draws", "Loss", "FlowMatching"]
 # %% ../nbs/1_plane/05_flow_matching.ipynb #7ef08bb4
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -232,7 +232,7 @@ def adaptive_weight(
 class FlowMatching:
     "Regression of the conditional velocity (eq. 1.5.2)."
 
-    learns: ClassVar[str] = "velocity"  # "map" or "velocity"
+    learns = "velocity"
     times: Any = "uniform"  # law of t: a name, a description or an object
     p: float = 0.0  # adaptive weight: 0 is none
     eps: float = 0.01

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -374,7 +374,7 @@ class Regression(Queries):
 
     Drawing raises InputError for labelled data."""
 
-    learns: ClassVar[str] = "map"
+    learns = "map"
 
     def loss(
         self, model: SolutionModel, batch: Batch, draws: Draws, progress: float

@@ -8,7 +8,7 @@ __all__ = ["Law", "Path", "Times", "Network", "VelocityField", "Objective", "Tar
 
 # %% ../nbs/0_start/02_protocols.ipynb #ce0e095a
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -107,7 +107,10 @@ class VelocityField(Protocol):
 class Objective(Protocol):
     "What a network is trained for."
 
-    learns: ClassVar[str]  # "map", f(x, t, s), or "velocity", which a solver follows
+    @property
+    def learns(self) -> str:
+        "'map', f(x, t, s), or 'velocity', which a solver follows."
+        ...
 
     def draw(self, batch: Any, progress: float, generator: "Generator") -> Any:
         "The random numbers of a step (flow_matching.Draws) for a batch of data."
@@ -123,7 +126,10 @@ class Objective(Protocol):
 class Target(Protocol):
     "Which velocity the step of the consistency loss, and the regression, follow."
 
-    drop: float  # share of labels that are hidden during training
+    @property
+    def drop(self) -> float:
+        "The share of labels that are hidden during training."
+        ...
 
     def step(self, model: Any, rows: Any) -> "Tensor":
         "The velocity (n, ...) of the step from x_t to x_l, of soflow.Rows."

@@ -9,7 +9,7 @@ __all__ = ["Rows", "SoFlow", "Semigroup"]
 # %% ../nbs/1_plane/09_soflow.ipynb #92166ded
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -137,7 +137,7 @@ class Exact:
     "The closed-form velocity of a flow, for experiments."
 
     flow: Any  # an ExactFlow, or anything with velocity(x, t, y)
-    drop: ClassVar[float] = 0.0
+    drop = 0.0
 
     def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
         return self.flow.velocity(rows.xt, rows.t, rows.y)
@@ -288,7 +288,7 @@ class Choices:
     target: Any = "conditional"  # velocity of the step, and of the regression
     jumps: int = 1  # in how many jumps the model goes from x_l to s; 1 as published
     stride: str = "share"  # whether r is a share of the jump, or a "length" of time
-    learns: ClassVar[str] = "map"
+    learns = "map"
 
     def __post_init__(self):
         if self.stride not in ("share", "length"):

@@ -194,14 +194,15 @@ def test_assignment_has_its_parts(path):
     assert "default_exp" not in path.read_text(encoding="utf-8")
 
 
-def task_of(notebook, assignment, question) -> str:
+def task_of(assignment, question) -> str:
     "The text of a question, from its heading to its answer."
+    cells = assignment.cells
     heading = f"### Question {question.number}. "
-    cells = notebook.cells
-    first = next(k for k, cell in enumerate(cells) if cell.source.startswith(heading))
-    answers = [cell is question.answer for cell in assignment.cells]
-    parts = cells[first : answers.index(True)]
-    return "\n".join(cell.source for cell in parts if cell.cell_type == "markdown")
+    starts = [cell["source"].startswith(heading) for cell in cells]
+    answers = [cell is question.answer for cell in cells]
+    parts = cells[starts.index(True) : answers.index(True)]
+    texts = [cell["source"] for cell in parts if cell["cell_type"] == "markdown"]
+    return "\n".join(texts)
 
 
 @every(ASSIGNMENTS)
@@ -209,9 +210,8 @@ def test_each_question_says_its_time_and_folds_its_hint(path):
     from soflow_edu.grading import read_assignment
 
     assignment = read_assignment(path)
-    notebook = book.read(path)
     for question in assignment.questions:
-        task = task_of(notebook, assignment, question)
+        task = task_of(assignment, question)
         assert re.search(r"\(\d+ minutes\)", task), question.number
         if not question.written:
             assert "<details>" in task and "</details>" in task, question.number

@@ -1,6 +1,9 @@
 "The package: its metadata, what its imports cost, and its wheel."
 
+import json
+import re
 import statistics
+import sys
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import metadata, version
@@ -10,7 +13,7 @@ import pytest
 
 import book
 import soflow_edu
-from helpers import ROOT, cpu_seconds, python
+from helpers import ROOT, cpu_seconds, program, python
 
 MODULES = book.modules(ROOT)
 IMPORTS = "import " + ", ".join(f"soflow_edu.{name}" for name in MODULES)
@@ -61,6 +64,49 @@ def test_heavy_libraries_are_not_imported():
     done = python("-c", f"import sys; {IMPORTS}; print({found})")
     assert done.status == 0, done.said
     assert done.out.strip() == "[]"
+
+
+# ------------------------------------------------------------------------ types
+TYPED = """
+import soflow_edu as so
+from soflow_edu.flow_matching import FlowMatching
+from soflow_edu.guidance import Guided
+from soflow_edu.objectives import ConsistencyTraining, MeanFlow, Shortcut, Staged
+from soflow_edu.protocols import Objective, Target
+from soflow_edu.soflow import BatchVelocity, Conditional, Exact, OwnVelocity
+
+law = so.law_of("two_moons")
+config = so.make_config({})
+model, _ = so.assemble(config)
+objectives: list[Objective] = [
+    so.assemble(config)[1], FlowMatching(), MeanFlow(), ConsistencyTraining(),
+    Shortcut(), Staged(),
+]
+for objective in objectives:
+    so.train(model, objective, law, config)
+exact = Exact(so.ExactFlow(law, model.path))
+targets: list[Target] = [Conditional(), OwnVelocity(), BatchVelocity(), exact, Guided()]
+"""
+WRONG = "\nso.train(model, 3, law, config)\n"
+
+
+def python_examples() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+def test_types_hold_for_those_who_use_the_package(tmp_path):
+    "Pyright accepts the README's examples and each part, and sees a wrong one."
+    programs = {"readme": python_examples(), "parts": TYPED, "wrong": TYPED + WRONG}
+    for name, code in programs.items():
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    settings = {"typeCheckingMode": "basic", "extraPaths": [str(ROOT)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    options = ("--outputjson", "--pythonpath", sys.executable, "--project", tmp_path)
+    done = program("pyright", *options)
+    found = json.loads(done.out)["generalDiagnostics"]
+    places = [f"{Path(row['file']).stem}: {row['message']}" for row in found]
+    assert len(places) == 1 and places[0].startswith("wrong"), places
 
 
 # ------------------------------------------------------------------------ wheel
