@@ -9,10 +9,13 @@ __all__ = ["main"]
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import tyro
 
 from .config import Config, fresh_folder, load_config, replacing
 from .core import (
@@ -57,23 +60,23 @@ def check_json(path: str) -> None:
 
 
 # %% ../nbs/4_practice/02_command_line.ipynb #f8ec7fa3
-def learn(config: Config) -> "Step":
+def learn(config: Config, since: float) -> "Step":
     """Trains on the toy of a configuration; returns the last step.
 
-    Its CPU seconds are those of everything since the call: data, assembly and the
-    timing of the first steps included."""
+    Its CPU seconds are those of everything since the clock read `since`: imports, data,
+    assembly and the timing of the first steps included."""
     import torch
 
-    from soflow_edu.distributions import law_of
+    from soflow_edu.ladder import data_of
     from soflow_edu.training import assemble, clock, finish, train
 
     assert config.threads is not None
     torch.set_num_threads(config.threads)
-    start = clock("cpu")
-    law = law_of(config.data)
+    law = data_of(config)
     model, objective = assemble(config)
-    last = finish(train(model, objective, law, config, bar=True))
-    last.seconds = clock("cpu") - start
+    steps = train(model, objective, law, config, bar=True, since=since)
+    last = finish(steps)
+    last.seconds = clock("cpu") - since
     return last
 
 
@@ -136,6 +139,7 @@ def demo(
         json: Another file for the numbers.
         out: Folder for the results.
     """
+    since = time.process_time()  # before torch is imported
     check_dataset(dataset)
     check_between("--seconds", seconds, 1, 1000000)
     check_json(json)
@@ -146,7 +150,7 @@ def demo(
     from soflow_edu.ladder import compare_with_truth
     from soflow_edu.training import save_run
 
-    step = learn(config)
+    step = learn(config, since)
     save_run(folder, step.run)
     report = compare_with_truth(step.run)
     numbers = {
@@ -258,16 +262,17 @@ def bench_step(
 
 
 # %% ../nbs/4_practice/02_command_line.ipynb #2bbab96b
-def diagnose(run: str, /) -> None:
+def diagnose(run: str, /, against: str = "") -> None:
     """Test the properties of a trained map, and say in words what is wrong with it and
     why.
 
     Args:
         run: Folder of a run, as soflow demo writes it.
+        against: The toy that it was trained on, if the run does not know.
     """
     from soflow_edu.diagnosis import report_run
 
-    report_run(run)
+    report_run(run, against)
 
 
 # %% ../nbs/4_practice/02_command_line.ipynb #67555d62
@@ -280,30 +285,81 @@ def ladder() -> None:
 
 
 # %% ../nbs/4_practice/02_command_line.ipynb #4b8e7cd9
+def described_by(config: str) -> Config:
+    "The configuration of a name, a YAML file, or the folder of a run."
+    if Path(config).is_dir():
+        from soflow_edu.training import load_run
+
+        return load_run(config).config
+    return load_config(config)
+
+
+def lengthened(config: Config, folder: str, more: int) -> Config:
+    "The configuration of the run in a folder, with more steps than it has or plans."
+    from soflow_edu.training import resume_run
+
+    check_between("--extend", more, 1, 10**9)
+    steps = resume_run(folder, device="cpu").steps + more
+    return replace(config, steps=steps, minutes=None, seconds=None)
+
+
+def to_train(config: str, changes: tuple[str, ...], start_from: str) -> Config:
+    "The configuration with what the command line says beside it."
+    from soflow_edu.ladder import changed
+
+    chosen = changed(described_by(config), changes)
+    if start_from:
+        chosen = replace(chosen, start_from=start_from)
+    return replace(chosen, imports=(*chosen.imports, *IMPORTED))
+
+
+# %% ../nbs/4_practice/02_command_line.ipynb #c733e541
+def place_of(config: str, out: str, goes_on: bool) -> str:
+    """The folder of a run. Raises InputError if a run is named that is not to go on."""
+    if not Path(config).is_dir():
+        return out or f"runs/{Path(config).stem}"
+    if not goes_on or out:
+        message = (
+            f"{config} is the folder of a run. Go on with it by --resume or --extend "
+            "STEPS (then without --out), or start another one from its weights: "
+            f"soflow train NAME --from {config}."
+        )
+        raise InputError(message)
+    return config
+
+
+# %% ../nbs/4_practice/02_command_line.ipynb #315248c8
 def train(
     config: str,
     changes: tuple[str, ...] = (),
     /,
     out: str = "",
     resume: bool = False,
+    extend: int = 0,
+    start_from: Annotated[str, tyro.conf.arg(name="from")] = "",
 ) -> None:
     """Train a configuration, on one process or on the many that torchrun or accelerate
     launch has started.
 
     Args:
-        config: A name (soflow ladder lists them), or a YAML file, also a published one.
+        config: A name (soflow ladder lists them), a YAML file, also a published one, or
+            the folder of a run, to go on with it.
         changes: Fields to replace, as key=value: batch=64, network.width=32, ...
         out: Folder (runs/NAME if not given); an earlier run is kept as OUT-1, OUT-2 ...
         resume: Go on with the run in the folder, if there is one.
+        extend: Go on with the run in the folder, for so many steps more.
+        start_from: Folder of a run from whose averaged weights this one starts.
     """
-    from soflow_edu.ladder import changed, describe_run, train_run
+    from soflow_edu.ladder import describe_run, train_run
     from soflow_edu.training import leave_processes
 
-    out = out or f"runs/{Path(config).stem}"
-    chosen = changed(load_config(config), changes)
-    chosen = replace(chosen, imports=(*chosen.imports, *IMPORTED))
-    run = train_run(chosen, out, resume, bar=True)
-    describe_run(run, out)
+    goes_on = resume or extend != 0
+    folder = place_of(config, out, goes_on)
+    chosen = to_train(config, changes, start_from)
+    if extend:
+        chosen = lengthened(chosen, folder, extend)
+    run = train_run(chosen, folder, goes_on, bar=True)
+    describe_run(run, folder)
     leave_processes()
 
 
@@ -710,8 +766,6 @@ def main(
     arguments: list[str] | None = None,  # those of the process if not given
 ) -> None:
     "The program `soflow`. Leaves with status 2 on bad input."
-    import tyro
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         prog, commands, words = chosen_group(take_imports(words))

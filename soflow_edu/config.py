@@ -16,8 +16,8 @@ __all__ = [
 
 # %% ../nbs/1_plane/11_config.ipynb #3c405c8e
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .core import InputError, find, import_components, unknown
+from .core import build as build  # who has a configuration needs it next
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class Parts:
     "What is trained, each by a name or by {name: ..., option: value}."
 
-    data: str | dict = "eight_gaussians"  # what to learn
+    data: str | dict | None = None  # what to learn; a run records what it was given
     path: str | dict = "linear"  # how data become noise
     coefficients: str | dict = "euler"  # a and b of f = a x + b F
     network: str | dict = "mlp"  # F
@@ -90,6 +91,7 @@ class Records:
     checkpoint_every: int | None = None  # steps; the last step always has one
     log_every: int = 20  # steps between two rows of the log
     imports: tuple = ()  # modules, or files in .py, that register own components
+    start_from: str | None = None  # folder of a run whose weights are the first ones
 
 
 # %% ../nbs/1_plane/11_config.ipynb #a83179cf
@@ -219,17 +221,28 @@ def read_text(path: Path) -> str:
         raise InputError(message) from None
 
 
+# %% ../nbs/1_plane/11_config.ipynb #b2c8e2d7
+def names_file(source: Path | str) -> bool:
+    """Whether this is the name of a file, not text in YAML.
+
+    A colon may stand in the name of a file; in text a space or nothing follows it."""
+    if isinstance(source, Path):
+        return True
+    if "\n" in source:
+        return False
+    return os.path.isfile(source) or not (": " in source or source.endswith(":"))
+
+
 # %% ../nbs/1_plane/11_config.ipynb #864fea17
 def read_yaml(
-    source: Path | str,  # a file, or text that holds a line break or a colon
+    source: Path | str,  # a file, or text
 ) -> dict[str, Any]:
     """A YAML file as a dictionary, in which 1e-4 is a number.
 
     Raises InputError if the file is missing or is no dictionary."""
     import yaml
 
-    is_file = isinstance(source, Path) or ("\n" not in source and ":" not in source)
-    text = read_text(Path(source)) if is_file else str(source)
+    text = read_text(Path(source)) if names_file(source) else str(source)
     try:
         content = yaml.load(text, number_loader())
     except yaml.YAMLError as error:
@@ -322,6 +335,22 @@ def load_config(
 
 
 # %% ../nbs/1_plane/11_config.ipynb #9db8dd7e
+def to_disk(path: Path):
+    "Waits until a file, or the list of names in a folder, has reached the disk."
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def temporary_name(path: Path) -> Path:
+    "A hidden name beside a file that no other file has."
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+
+
 @contextmanager
 def replacing(
     path: Path | str,  # where the file is to stand
@@ -331,42 +360,113 @@ def replacing(
     If an exception is raised, the temporary file is removed and `path` is as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary = temporary_name(path)
+    temporary.touch(exist_ok=False)
+    usual = temporary.stat().st_mode  # as the user's umask has it
     try:
         yield temporary
-        temporary.chmod(0o644)  # a writer may have made a private file of its own
+        temporary.chmod(usual)  # a writer may have made a private file of its own
+        to_disk(temporary)
         temporary.replace(path)
+        to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# %% ../nbs/1_plane/11_config.ipynb #d32e57f3
+RUN_FILES = (
+    "checkpoint.safetensors",
+    "model.safetensors",
+    "config.yaml",
+    "run.json",
+    "log.csv",
+)
+
+
+def sweep(folder: Path, names: Iterable[str] = RUN_FILES):
+    "Removes what killed processes left of files of these names."
+    for path in folder.iterdir():
+        if any(path.name.startswith(f".{name}.") for name in names):
+            path.unlink(missing_ok=True)
+
+
+# %% ../nbs/1_plane/11_config.ipynb #4abb99be
+def holder(handle: int) -> str:
+    "Who holds the lock on an open folder, as far as the system tells."
+    number = f":{os.fstat(handle).st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on this system
+        lines = []
+    for line in lines:
+        kind, _, _, process, place = line.split()[1:6]
+        if kind == "FLOCK" and place.endswith(number):
+            own = int(process) == os.getpid()
+            return "this process itself" if own else f"process {process}"
+    return "another process"
+
+
+# %% ../nbs/1_plane/11_config.ipynb #d098753b
+@contextmanager
+def alone(folder: Path | str) -> Iterator[Path]:
+    """Keeps others away from a folder, which is made if there is none.
+
+    Also those on other machines if the file system allows. Raises InputError, which
+    says who, if somebody is there already, or if there can be no such folder."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{folder} cannot be made: {error}. Choose another place."
+        raise InputError(message) from None
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = (
+                f"{folder} is being written by {holder(handle)}. "
+                "Wait for its end, or choose another folder."
+            )
+            raise InputError(message) from None
+        except OSError:  # a file system without locks
+            pass
+        yield folder
+    finally:
+        os.close(handle)
 
 
 # %% ../nbs/1_plane/11_config.ipynb #e8670c59
 def fresh_folder(
     folder: Path | str,  # where a run is to be written
-    mark: str = "config.yaml",  # the file by which a folder is known to hold a run
+    mark: str = "",  # the file by which a folder is known; any of a run if not given
 ) -> Path:
     """An empty folder; an earlier run there is renamed to FOLDER-1, FOLDER-2, ...
 
-    Raises InputError if the folder holds anything else."""
+    Raises InputError if the folder holds anything else, or is being written."""
     folder = Path(folder)
+    marks = [mark] if mark else RUN_FILES
     if folder.exists() and not folder.is_dir():
         message = (
             f"{folder} is a file, but a folder for a run was expected. "
             "Choose another place."
         )
         raise InputError(message)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / mark).exists():
-            message = (
-                f"{folder} is not empty and holds no run ({mark} is missing), "
-                "so nothing was written. Choose another place."
-            )
-            raise InputError(message)
-        folder.rename(next_free(folder))
+    with alone(folder):
+        sweep(folder, marks)
+        if any(folder.iterdir()):
+            if not any((folder / name).exists() for name in marks):
+                message = (
+                    f"{folder} is not empty and holds no run ({marks[0]} is missing), "
+                    "so nothing was written. Choose another place."
+                )
+                raise InputError(message)
+            folder.rename(next_free(folder))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -383,9 +483,20 @@ def next_free(folder: Path) -> Path:
 # %% ../nbs/1_plane/11_config.ipynb #378f9167
 def cache_root() -> Path:
     """The user's folder for what can be made again: $XDG_CACHE_HOME/soflow_edu, else
-    ~/.cache/soflow_edu."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "soflow_edu"
+    ~/.cache/soflow_edu.
+
+    Raises InputError if the system knows of no home."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if caches:
+        return Path(caches) / "soflow_edu"
+    try:
+        return Path.home() / ".cache" / "soflow_edu"
+    except RuntimeError:
+        message = (
+            "This user has no home folder, where downloads would be kept. "
+            "Set SOFLOW_DATA to a folder for data, or XDG_CACHE_HOME to one for caches."
+        )
+        raise InputError(message) from None
 
 
 # %% ../nbs/1_plane/11_config.ipynb #bba6686c

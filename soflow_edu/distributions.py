@@ -7,6 +7,7 @@ __all__ = ["Distribution", "GaussianMixture", "FiniteSet", "law_of"]
 
 # %% ../nbs/1_plane/03_distributions.ipynb #12a7b726
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -203,6 +204,8 @@ class Distribution(GuidedLaw):
     Methods take x (B, ...), t (B,) or a number in [0, 1], a path, and optionally
     labels y (B,); then the law is that of the class.
     All raise InputError for shapes, times or labels that do not fit."""
+
+    description: str | dict | None = None  # from which `law_of` makes an equal law
 
     def sample(
         self, n: int, generator: torch.Generator
@@ -569,26 +572,67 @@ class FiniteSet(Distribution):
         return m0.view_as(x).to(x), score.view_as(x).to(x), log_density[:, 0].to(x)
 
 
+# %% ../nbs/1_plane/03_distributions.ipynb #f53f571e
+GIVEN = "given"  # the name of data that were given in Python, without a description
+
+
+def check_known(name):
+    "Raises InputError for the name of no data set."
+    if name == GIVEN or name is None:
+        message = (
+            "No name tells which data these are: they were given in Python. Name the "
+            "data set that is meant; on the command line with --against NAME."
+        )
+        raise InputError(message)
+    if name not in names("data"):
+        raise unknown("data set", name, [*names("data"), *names("pictures")])
+
+
+def toy_options(name: str, options: dict[str, Any]) -> dict[str, int]:
+    "How a finite set is drawn from a toy. Raises InputError for an unknown option."
+    known = ("count", "seed")
+    for key, value in options.items():
+        if key not in known:
+            raise unknown(f"option of the data set {name}", key, known)
+        if not isinstance(value, int) or value < (key == "count"):
+            message = f"The {key} of the data set {name} is {value!r}: give a number."
+            raise InputError(message)
+    return options
+
+
+# %% ../nbs/1_plane/03_distributions.ipynb #649d0d24
+def toy_law(name: str, count: int, seed: int) -> Distribution:
+    "The law of a toy, with the description that makes an equal one."
+    given = toy(name)
+    if given.components:
+        law: Distribution = GaussianMixture(**given.components)
+        law.description = name
+        return law
+    generator = torch.Generator().manual_seed(seed)
+    points, labels = given.draw(count, generator)
+    law = FiniteSet(points, labels)
+    usual = (count, seed) == (2000, 0)
+    law.description = name if usual else {"name": name, "count": count, "seed": seed}
+    return law
+
+
 # %% ../nbs/1_plane/03_distributions.ipynb #9a40be9f
 def law_of(
-    data: str | dict,  # a registered name, or {"name": ..., option: value}
+    data: str | dict | None,  # a registered name, or {"name": ..., option: value}
     count: int = 2000,  # points of a finite set drawn from a toy
     seed: int = 0,  # of those points
 ) -> Distribution:
-    """The exact law of a data set.
+    """The exact law of a data set; its `description` makes an equal one.
 
     A toy that is a mixture is itself; another toy is a finite set of `count` points
-    drawn from it; pictures are the set that they are.
-    Raises InputError for an unknown name."""
-    name = data["name"] if isinstance(data, dict) else data
+    drawn from it, of which a description may say both; pictures are the set that they
+    are. Raises InputError for an unknown name or option, and for data that no name
+    tells."""
+    options = {"name": data} if isinstance(data, str) else dict(data or {})
+    name: Any = options.pop("name", None)
     if name in names("pictures"):
-        return build("pictures", data)
-    if name not in names("data"):
-        known = [*names("data"), *names("pictures")]
-        raise unknown("data set", name, known)
-    given = toy(name)
-    if given.components:
-        return GaussianMixture(**given.components)
-    generator = torch.Generator().manual_seed(seed)
-    points, labels = given.draw(count, generator)
-    return FiniteSet(points, labels)
+        law = build("pictures", data)
+        law.description = data
+        return law
+    check_known(name)
+    return toy_law(name, **toy_options(name, {"count": count, "seed": seed} | options))

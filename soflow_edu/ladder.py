@@ -18,6 +18,7 @@ import torch
 from .comparing import Report, compare
 from .config import (
     LENGTHS,
+    RUN_FILES,
     Config,
     choose_device,
     fresh_folder,
@@ -30,14 +31,16 @@ from .config import (
 from .core import InputError, build, canvas, describe, find, names, unknown
 from .diagnosis import shape_of
 from .digits import agreement, mosaic, show_pictures
-from .distributions import law_of
+from .distributions import Distribution, law_of
 from .metrics import evaluate_samples
 from .objectives import EulerMap
 from .odes import ExactFlow
 from .sampling import sample
 from .training import (
+    FREE,
     Run,
     assemble,
+    clock,
     generator_of,
     join_processes,
     load_run,
@@ -179,23 +182,19 @@ def differences(
     return found
 
 
-# %% ../nbs/2_images/05_ladder.ipynb #9bfc26bd
-def check_same(given: Config, stored: Config, out: Path | str):
-    "Raises InputError if a run is to be resumed with other settings."
-    wrong = differences(given, stored, ignored=())
-    if wrong:
-        parts = []
-        for name, (here, there) in wrong.items():
-            parts.append(f"{name} is {there!r} there and {here!r} here")
+# %% ../nbs/2_images/05_ladder.ipynb #8376d103
+def data_of(config: Config) -> Distribution:
+    "The data that a configuration names. Raises InputError if it names none."
+    if config.data is None:
         message = (
-            f"{out} holds a run of other settings: {', '.join(parts)}. "
-            f"Resume it with its own settings ({out}/config.yaml), "
-            "or choose another folder."
+            "The configuration names no data to train on. Add a line data: NAME, or "
+            "data=NAME on the command line. Known: "
+            f"{', '.join([*names('data'), *names('pictures')])}."
         )
         raise InputError(message)
+    return law_of(config.data)
 
 
-# %% ../nbs/2_images/05_ladder.ipynb #8376d103
 def made_ready(data):
     "Data that are ready to be sampled: what has a method `prepare` was asked to."
     if hasattr(data, "prepare"):
@@ -205,14 +204,13 @@ def made_ready(data):
 
 # %% ../nbs/2_images/05_ladder.ipynb #cdad76a5
 def earlier_run(config: Config, out: Path | str) -> Run | None:
-    """The run in a folder, to be gone on with, if there is one.
+    """The run in a folder, to be gone on with on the machine of a configuration.
 
-    Raises InputError if it has other settings."""
-    if not (Path(out) / "run.json").exists():
+    None if nothing was saved there yet."""
+    if not any((Path(out) / name).exists() for name in RUN_FILES):
         return None
-    old = resume_run(out)
-    check_same(config, old.config, out)
-    return old
+    kept = {name: getattr(config, name) for name in FREE if name not in LENGTHS}
+    return resume_run(out, **kept)
 
 
 # %% ../nbs/2_images/05_ladder.ipynb #93a450ff
@@ -225,13 +223,14 @@ def train_run(
 ) -> Run:
     """A trained run in its folder.
 
-    Raises InputError as `train`, or if the folder holds another run; Stopped if it is
-    told to stop."""
+    Raises InputError as `train`, if the configuration names no data, or if the folder
+    holds another run; Stopped if it is told to stop."""
     rank = join_processes(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    since = clock(choose_device(config.device), bool(config.minutes))
     old = earlier_run(config, out) if resume else None
-    data = made_ready(law_of(config.data))
+    data = made_ready(data_of(config))
     if old:
         model = old.model
         objective = build("objective", config.objective)
@@ -240,9 +239,10 @@ def train_run(
         if rank == 0:
             fresh_folder(out)
     run = old
-    for step in train(
-        model, objective, data, config, old, out=out, bar=bar, track=track
-    ):
+    steps = train(
+        model, objective, data, config, old, out=out, bar=bar, track=track, since=since
+    )
+    for step in steps:
         run = step.run
     assert run is not None
     return run
@@ -456,17 +456,19 @@ class Evaluation:
 # %% ../nbs/2_images/05_ladder.ipynb #473c19bd
 def compare_with_truth(
     run: Run,  # of the plane, as trained or as loaded from its folder
+    against: str = "",  # data set that is the measure; that of the run if not given
 ) -> Report:
     """The comparison of a run with the exact flow of its data set.
 
-    The same numbers from the folder alone."""
+    The same numbers from the folder alone. Raises InputError if nobody knows which
+    data set it is."""
     model = trained(run)
-    return compare(model, ExactFlow(law_of(run.config.data), model.path), seed=12345)
+    return compare(model, ExactFlow(law_of(against or run.config.data), model.path))
 
 
-def evaluate_map(run: Run) -> Evaluation:
+def evaluate_map(run: Run, against: str = "") -> Evaluation:
     "What the comparison of a map of the plane with the exact one gives."
-    report = compare_with_truth(run)
+    report = compare_with_truth(run, against)
     return Evaluation(report.values, report.table, {})
 
 
@@ -557,15 +559,15 @@ def evaluate_run(
 
     Raises InputError for what cannot be compared."""
     if shape_of(run.model) == (2,):
-        chosen = against or features or sampler or autoencoder
+        chosen = features or sampler or autoencoder
         if chosen or steps != 1 or part != "test":
             message = (
                 "This run is a map of the plane, which is compared with its exact flow "
-                "in all numbers of steps. Leave out against, features, part, sampler, "
+                "in all numbers of steps. Leave out features, part, sampler, "
                 "autoencoder and steps."
             )
             raise InputError(message)
-        return evaluate_map(run)
+        return evaluate_map(run, against)
     data = law_of(against or run.config.data)
     decode = decoder_of(run, autoencoder, device)
     pictures = []
@@ -598,6 +600,8 @@ def rung_of(
     most: int = 4,  # settings that may differ
 ) -> Rung | None:
     "The rung whose configuration is nearest to that of a run; none if all are far."
+    if config.data is None:
+        return None
     data = as_options(config.data, "data")["name"]
     near = []
     for rung in rungs().values():

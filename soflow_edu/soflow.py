@@ -443,6 +443,60 @@ class SoFlow(Weighing):
             return v, output_ahead(model, rows, v, self.jumps)
 
 
+# %% ../nbs/1_plane/09_soflow.ipynb #87a78ead
+ROOM = 2.0  # times the longest velocity in a mini-batch, which is one of few
+
+
+def longest(rows: Rows) -> torch.Tensor:  # one number
+    "The length that the velocity of a jump can have, from the pairs of a mini-batch."
+    return ROOM * rows.v_cond.flatten(1).norm(dim=1).max()
+
+
+def shortened(
+    v: torch.Tensor,  # (n, ...)
+    most: torch.Tensor,  # (n,), or one number
+) -> torch.Tensor:  # (n, ...)
+    "Each row with at most this norm."
+    norm = v.flatten(1).norm(dim=1)
+    share = (most / norm.clamp(min=MIN_GAP)).clamp(max=1)
+    return v * expand(share, v)
+
+
+def within_reach(
+    model: SolutionModel,
+    rows: Rows,
+    v: torch.Tensor,  # (n, ...) the velocity of the step to x_l
+    F: torch.Tensor,  # (n, ...) F(x_l, l, s)
+) -> torch.Tensor:  # (n, ...)
+    "F, or the F of a shortened jump where that from l to s is longer than it can be."
+    xl = rows.xt - expand(rows.t - rows.l, v) * v
+    a = expand(model.coefficients.a(rows.l, rows.s), xl)
+    b = expand(model.coefficients.b(rows.l, rows.s), xl)
+    jump = (a - 1) * xl + b * F
+    most = longest(rows) * (rows.l - rows.s)
+    far = jump.flatten(1).norm(dim=1) > most
+    nearer = (shortened(jump, most) - (a - 1) * xl) / b
+    return torch.where(expand(far & (b.flatten(1)[:, 0].abs() > MIN_GAP), F), nearer, F)
+
+
+# %% ../nbs/1_plane/09_soflow.ipynb #c56fb828
+def velocity_of_jump(model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
+    "The velocity of the model's own jump from t to l."
+    F = model.F(rows.xt, rows.t, rows.l, rows.y, **rows.extras)
+    xl = model.solution_from(F, rows.xt, rows.t, rows.l)
+    return (rows.xt - xl) / expand(rows.t - rows.l, rows.xt)
+
+
+def check_weights(weights: tuple):
+    "Raises InputError if these are not two positive numbers."
+    if len(weights) != 2 or min(weights) <= 0:
+        message = (
+            f"velocity_weight is {weights}, but must be two positive "
+            "numbers, for the start and the end."
+        )
+        raise InputError(message)
+
+
 # %% ../nbs/1_plane/09_soflow.ipynb #0275c67d
 @register("objective", "semigroup")
 @dataclass
@@ -457,12 +511,7 @@ class Semigroup(SoFlow):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.velocity_weight) != 2 or min(self.velocity_weight) <= 0:
-            message = (
-                f"velocity_weight is {self.velocity_weight}, but must be two positive "
-                "numbers, for the start and the end."
-            )
-            raise InputError(message)
+        check_weights(self.velocity_weight)
 
     def shares(self, progress: float) -> tuple[float, float]:
         start, end = self.velocity_weight
@@ -476,7 +525,15 @@ class Semigroup(SoFlow):
         return (gap / b) ** 2  # eq. 1.9.7
 
     def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
-        "The velocity of the model's own jump from t to l."
-        F = model.F(rows.xt, rows.t, rows.l, rows.y, **rows.extras)
-        xl = model.solution_from(F, rows.xt, rows.t, rows.l)
-        return (rows.xt - xl) / expand(rows.t - rows.l, rows.xt)
+        "The velocity of the model's own jump from t to l, no longer than it can be."
+        return shortened(velocity_of_jump(model, rows), longest(rows))
+
+    @torch.no_grad()
+    def look_ahead(
+        self, model: SolutionModel, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, ...) each
+        "As that of SoFlow; the jump from l to s is no longer than it can be, either."
+        v, F_ahead = super().look_ahead(model, rows)
+        if not len(rows.t):
+            return v, F_ahead
+        return v, within_reach(model, rows, v, F_ahead)

@@ -19,6 +19,7 @@ __all__ = [
 
 # %% ../nbs/1_plane/12_training.ipynb #25808b49
 import csv
+import hashlib
 import io
 import json
 import math
@@ -26,27 +27,35 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel
 
+# %% ../nbs/1_plane/12_training.ipynb #5e015d5a
 from .config import (
+    LENGTHS,
+    RUN_FILES,
     Config,
+    alone,
     as_annotated,
     choose_device,
     choose_precision,
+    fresh_folder,
     make_config,
-    read_text,
     read_yaml,
     replacing,
+    sweep,
     to_yaml,
 )
 from .core import InputError, build, describe, names
@@ -59,11 +68,15 @@ from .solution import SolutionModel
 def assemble(config: Config) -> tuple[SolutionModel, Any]:  # and an objective
     """The model, on its device, and the objective that a configuration describes.
 
-    Raises InputError for anything misspelt."""
+    The weights are random, or those of another run from which this one starts. Raises
+    InputError for anything misspelt, and for weights of another network."""
     torch.manual_seed(config.seed)
     net = build("network", config.network)
     model = SolutionModel(net, config.path, config.coefficients)
-    return prepared(model, config), build("objective", config.objective)
+    prepared(model, config)
+    if config.start_from:
+        fit(model, load_run(config.start_from).ema, config.start_from)
+    return model, build("objective", config.objective)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #bad7b19e
@@ -169,6 +182,9 @@ class Run:
     seconds: float = 0.0  # spent so far, on the clock of the budget
     log: list[dict[str, Any]] = field(default_factory=list)  # one row a logged step
     objective: dict[str, Any] = field(default_factory=dict)  # its description
+    level: float = 1.0  # the largest of the losses of its beginning
+    saved: int | None = None  # the step at which its folder was last written
+    whole: bool = True  # False while weights, average and step do not belong together
     learner: nn.Module | None = None  # model and objective together, while they train
 
     @property
@@ -326,31 +342,120 @@ def begin(model: SolutionModel, objective, config: Config) -> Run:
     )
 
 
-# %% ../nbs/1_plane/12_training.ipynb #6a9991b1
-def labels_for(model: SolutionModel, y, device) -> torch.Tensor | None:
-    """Labels for a network that has classes, nothing for one that has none.
+# %% ../nbs/1_plane/12_training.ipynb #3ab4dbab
+def as_tensor(value: Any, what: str) -> torch.Tensor:
+    "Numbers of torch or numpy as a tensor. Raises InputError for anything else."
+    if torch.is_tensor(value):
+        return value
+    try:
+        return torch.as_tensor(np.ascontiguousarray(value))  # a view may run backwards
+    except (TypeError, ValueError):
+        message = (
+            f"The {what} are a {type(value).__name__}, "
+            "but must be numbers in a tensor or in an array of numpy."
+        )
+        raise InputError(message) from None
 
-    Raises InputError if there are none to give."""
-    if not model.conditional:
-        return None
+
+# %% ../nbs/1_plane/12_training.ipynb #b4e7b045
+def checked_points(
+    x0: Any,
+    count: int,
+    like: torch.dtype,  # of the model
+) -> torch.Tensor:  # (count, ...)
+    """The points of a mini-batch.
+
+    Raises InputError if they are no floats, not finite, or not `count` rows."""
+    x0 = as_tensor(x0, "points")
+    if x0.ndim < 2 or len(x0) != count:
+        message = (
+            f"{count} points were asked for, and the data gave the shape "
+            f"{tuple(x0.shape)}, but must give ({count}, ...): one row for each point."
+        )
+        raise InputError(message)
+    if not x0.is_floating_point():
+        message = (
+            f"The points have the type {x0.dtype}, but must be floats. "
+            "Pictures with levels 0 to 255 become x / 127.5 - 1."
+        )
+        raise InputError(message)
+    if x0.device.type == "cpu" and not x0.isfinite().all():
+        rows = int((~x0.isfinite()).flatten(1).any(1).sum())
+        message = f"{rows} of {count} points are NaN or infinite. Mend or remove them."
+        raise InputError(message)
+    return x0.to(like)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #54b1ec7a
+def checked_labels(
+    y: Any,
+    count: int,
+    classes: int,  # of the network
+) -> torch.Tensor:  # (count,) int64
+    """The labels of a mini-batch.
+
+    Raises InputError if there are none, or if they are not `count` whole numbers from
+    0 to below `classes`."""
     if y is None:
         message = (
             "The network has classes, but the data have no labels. "
             "Build it with classes=0, or take data with labels."
         )
         raise InputError(message)
-    return y.to(device)
+    y = as_tensor(y, "labels")
+    if y.shape != (count,) or y.is_floating_point() or y.is_complex():
+        message = (
+            f"The labels have the shape {tuple(y.shape)} and the type {y.dtype}, but "
+            f"must be {count} whole numbers, one for each point. "
+            "Of one-hot rows take argmax(1)."
+        )
+        raise InputError(message)
+    y = y.long()
+    if y.device.type == "cpu" and (y.min() < 0 or y.max() >= classes):
+        message = (
+            f"The labels run from {int(y.min())} to {int(y.max())}, but the network "
+            f"has {classes} classes, numbered from 0 to {classes - 1}. "
+            "Number the labels from 0, or give the network more classes."
+        )
+        raise InputError(message)
+    return y
 
 
 # %% ../nbs/1_plane/12_training.ipynb #229a8b70
+def parts_of(drawn: Any) -> tuple[Any, Any, dict]:  # points, labels, extras
+    "What `sample` of some data has given. Raises InputError for anything else."
+    parts = tuple(drawn) if isinstance(drawn, tuple | list) else ()
+    if len(parts) == 2:
+        return *parts, {}
+    if len(parts) == 3 and isinstance(parts[2], dict):
+        return parts[0], parts[1], parts[2]
+    message = (
+        f"sample(n, generator) of the data gave a {type(drawn).__name__}, but must "
+        "give points and labels, x0, y (y is None if there are none), or x0, y, extras."
+    )
+    raise InputError(message)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #3ff8e6b2
+def checked_batch(model: SolutionModel, drawn: Any, count: int) -> Batch:
+    "A mini-batch as the model takes it. Raises InputError if it cannot be one."
+    weight = next(model.parameters())
+    x0, y, extras = parts_of(drawn)
+    x0 = checked_points(x0, count, weight.dtype)
+    labels = None
+    if model.conditional:
+        classes: Any = model.net.classes
+        labels = checked_labels(y, count, classes).to(weight.device)
+    given = {}
+    for name, value in extras.items():
+        given[name] = as_tensor(value, name).to(weight.device)
+    return Batch(x0.to(weight.device), labels, given)
+
+
 def micro_batch(run: Run, data, micro: int, size: int) -> Batch:
     "The data of one micro-batch of the run's next step, on its device."
-    x0, y, *rest = data.sample(size, generator_of(run.config.seed, run.step, 0, micro))
-    extras = {}
-    for part in rest:
-        for name, value in part.items():
-            extras[name] = value.to(run.device)
-    return Batch(x0.to(run.device), labels_for(run.model, y, run.device), extras)
+    drawn = data.sample(size, generator_of(run.config.seed, run.step, 0, micro))
+    return checked_batch(run.model, drawn, size)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #2e10a612
@@ -395,15 +500,39 @@ def mean_numbers(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 # %% ../nbs/1_plane/12_training.ipynb #c915c886
-def check_finite(run: Run, numbers: dict[str, torch.Tensor], step: int):
-    "Raises InputError if the loss is not finite."
+BEGINNING = 20  # steps
+FAR = 1000.0  # times the level of the beginning
+
+
+# %% ../nbs/1_plane/12_training.ipynb #0f5cc8fc
+class Diverged(InputError):
+    "The losses of a run have left their beginning far behind."
+
+
+def check_loss(run: Run, numbers: dict[str, torch.Tensor], step: int):
+    "Raises InputError if the loss is not finite; Diverged if it has run away."
     loss = float(numbers["loss"])
+    rate = f"learning_rate (now {run.config.learning_rate:g})"
     if not math.isfinite(loss):
         message = (
-            f"The loss is {loss} at step {step}. Lower learning_rate "
-            f"(now {run.config.learning_rate:g}), set clip, or check the data."
+            f"The loss is {loss} at step {step}. Lower {rate}, set clip, or check the "
+            "data."
         )
         raise InputError(message)
+    errors = {"loss": abs(loss)}
+    for name, value in numbers.items():
+        if name.endswith("_mse"):
+            errors[name] = abs(float(value))
+    worst = max(errors, key=lambda name: errors[name])
+    if step <= BEGINNING:
+        run.level = max(run.level, errors[worst])
+    elif errors[worst] > FAR * run.level:
+        message = (
+            f"The run has diverged: its {worst} is {errors[worst]:.2g} at step {step}, "
+            f"and was at most {run.level:.2g} at the beginning. Lower {rate}, "
+            "set clip, or lengthen warmup."
+        )
+        raise Diverged(message)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #70b31a4e
@@ -411,7 +540,7 @@ def advance(run: Run, objective, data) -> dict[str, torch.Tensor]:
     """One step: data, draws, loss, gradient, update, average.
 
     Returns the loss and the statistics by name, as tensors. Raises InputError if the
-    loss is not finite."""
+    loss is not finite or has run away."""
     assert run.optimiser is not None
     config = run.config
     own, size = shares(config)
@@ -422,14 +551,16 @@ def advance(run: Run, objective, data) -> dict[str, torch.Tensor]:
             rows.append(gradient(run, objective, data, micro, size))
     numbers = mean_numbers(rows)
     if run.device.type == "cpu":
-        check_finite(run, numbers, run.step + 1)
+        check_loss(run, numbers, run.step + 1)
     rate = config.learning_rate * rate_at(run.step, run.steps, config)
     run.optimiser.param_groups[0]["lr"] = rate
     if config.clip:
         nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    run.whole = False
     run.optimiser.step()
     average(run.ema, run.model, run.step, config.ema)
     run.step += 1
+    run.whole = True
     return numbers
 
 
@@ -464,10 +595,15 @@ TRIAL = 50  # steps on a copy, before the first plan
 class Stopwatch:
     "The clock of a run's budget."
 
-    def __init__(self, run: Run):
+    def __init__(
+        self,
+        run: Run,
+        since: float | None = None,  # what the clock read at the start, if not now
+    ):
         self.device = run.device
         self.wall = bool(run.config.minutes)
-        self.start = self.now() - run.seconds
+        before = self.now() if since is None else since
+        self.start = before - run.seconds
         self.restart(run)
 
     def restart(self, run: Run):
@@ -485,6 +621,20 @@ class Stopwatch:
     def pace(self, run: Run) -> float:
         "Seconds a step since the last restart."
         return (self.now() - self.begun) / (run.step - self.first_step)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #2aeb27d9
+def is_planned(run: Run) -> bool:
+    "Whether the number of steps is planned again: at intervals, and at the end."
+    near = run.steps - run.step < PLAN_EVERY
+    return run.config.steps is None and (near or run.step % PLAN_EVERY == 0)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #741b7b37
+def plan(run: Run, watch: Stopwatch, pace: float):
+    "Sets the number of steps that the budget allows at a pace, in seconds a step."
+    run.seconds = watch.seconds()
+    run.steps = steps_within(run, pace)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #b0a08da2
@@ -586,35 +736,11 @@ def progress_bar(run: Run, shown: bool) -> Iterator[int]:
 # %% ../nbs/1_plane/12_training.ipynb #7a104fc2
 def record(run: Run, numbers: dict[str, torch.Tensor], track: Callable | None):
     "Adds a row to the log, and passes it on."
-    check_finite(run, numbers, run.step)
+    check_loss(run, numbers, run.step)
     row = {"step": run.step, "seconds": round(run.seconds, 3)}
     run.log.append(row | as_floats(numbers))
     if track:
         track(dict(run.log[-1]))
-
-
-# %% ../nbs/1_plane/12_training.ipynb #507ce67f
-def check_resume(run: Run, model: SolutionModel, objective):
-    "Raises InputError if a run cannot be gone on with in this way."
-    if run.optimiser is None:
-        message = (
-            "This run can be used but not trained further: "
-            "load it with resume_run, not load_run."
-        )
-        raise InputError(message)
-    if model is not run.model:
-        message = (
-            "A resumed run trains its own model: "
-            "call train(run.model, objective, data, run.config, resume=run)."
-        )
-        raise InputError(message)
-    given = describe(objective)
-    if given != run.objective:
-        message = (
-            f"The run was trained for {run.objective}, but the objective given is "
-            f"{given}. Go on with the same one."
-        )
-        raise InputError(message)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #46992f78
@@ -639,18 +765,251 @@ def check_can_be_loaded(model: SolutionModel):
         raise InputError(message)
 
 
+# %% ../nbs/1_plane/12_training.ipynb #39932cd3
+AT_THE_DOOR = 256  # samples
+
+
+def first_batch(model: SolutionModel, data: Any, config: Config) -> Batch:
+    """Some samples of the data, to which the network was heard to answer.
+
+    Raises InputError if the data or the network do not fit."""
+    count = min(AT_THE_DOOR, shares(config)[1])
+    generator = generator_of(config.seed, 0, stream=3)
+    batch = checked_batch(model, data.sample(count, generator), count)
+    if not config.compile:  # which would compile for this size
+        check_answer(model, batch)
+    return batch
+
+
+# %% ../nbs/1_plane/12_training.ipynb #19b89563
+def check_answer(model: SolutionModel, batch: Batch):
+    "Raises InputError if the network has no answer of the shape of its input."
+    x = batch.x0[:2]
+    y = batch.y if batch.y is None else batch.y[:2]
+    extras = {name: value[:2] for name, value in batch.extras.items()}
+    t = torch.ones(len(x), device=x.device, dtype=x.dtype)
+    training = model.training
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            found = tuple(model.eval().F(x, t, 0 * t, y, **extras).shape)
+    except InputError:
+        raise
+    except Exception as error:
+        message = (
+            f"The network does not take samples of the shape {tuple(x.shape[1:])}: "
+            f"{type(error).__name__}: {error}"
+        )
+        raise InputError(message) from error
+    finally:
+        model.train(training)
+    if found != tuple(x.shape):
+        message = (
+            f"The network gave the shape {found} for samples of the shape "
+            f"{tuple(x.shape)}, but its output must have the shape of its input."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #b0003433
+def in_full(description: str | dict) -> dict[str, Any]:
+    "A description with its name as one entry among others."
+    return {"name": description} if isinstance(description, str) else description
+
+
+def recorded(config: Config, data: Any, model: SolutionModel, batch: Batch) -> Config:
+    """The configuration with the data that are given.
+
+    Raises InputError if it names others."""
+    found = getattr(data, "description", None)
+    if found is None:
+        shape = list(batch.x0.shape[1:])
+        classes = model.net.classes if batch.y is not None else 0
+        return replace(
+            config, data={"name": "given", "shape": shape, "classes": classes}
+        )
+    if config.data is not None and in_full(config.data) != in_full(found):
+        message = (
+            f"The configuration says that the data are {config.data!r}, but those that "
+            f"were given are {found!r}. Leave data out of the configuration, or give "
+            "the data that it names."
+        )
+        raise InputError(message)
+    return replace(config, data=found)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #257f096b
+FREE = (
+    *LENGTHS,
+    "accumulate",
+    "device",
+    "threads",
+    "compile",
+    "channels_last",
+    "checkpoint_every",
+    "log_every",
+    "imports",
+)
+
+
+def check_settings(run: Run, config: Config):
+    "Raises InputError for settings with which a run cannot go on."
+    wrong = []
+    for name in [entry.name for entry in fields(Config)]:
+        there = getattr(run.config, name)
+        here = getattr(config, name)
+        if name not in FREE and there != here:
+            wrong.append(f"{name} is {there!r} there and {here!r} here")
+    if wrong:
+        message = (
+            f"The run has other settings: {', '.join(wrong)}. Resume it with its own "
+            f"(only these may change: {', '.join(FREE)}), or start another run."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #5a414f6b
+def new_length(run: Run, config: Config) -> int:
+    """The steps of a run that goes on; 0 if they are to be planned from a budget.
+
+    Raises InputError for fewer than it has done."""
+    same = [getattr(config, name) == getattr(run.config, name) for name in LENGTHS]
+    if all(same):
+        return run.steps
+    if config.steps is not None and config.steps < run.step:
+        message = (
+            f"The run has done {run.step} steps, and {config.steps} in all were asked "
+            "for. Give more steps than it has done."
+        )
+        raise InputError(message)
+    return config.steps or 0
+
+
+# %% ../nbs/1_plane/12_training.ipynb #8698d466
+def check_resume(run: Run, model: SolutionModel, objective):
+    "Raises InputError if a run cannot be gone on with in this way."
+    if run.optimiser is None:
+        message = (
+            "This run can be used but not trained further: "
+            "load it with resume_run, not load_run."
+        )
+        raise InputError(message)
+    if model is not run.model:
+        message = (
+            "A resumed run trains its own model: "
+            "call train(run.model, objective, data, run.config, resume=run)."
+        )
+        raise InputError(message)
+    given = describe(objective)
+    if given != run.objective:
+        message = (
+            f"The run was trained for {run.objective}, but the objective given is "
+            f"{given}. Go on with the same one."
+        )
+        raise InputError(message)
+
+
 # %% ../nbs/1_plane/12_training.ipynb #3c51d461
-def opened(model: SolutionModel, objective, config: Config, resume, out) -> Run:
+def opened(
+    model: SolutionModel, objective, data, config: Config, resume: Run | None, out
+) -> Run:
     """The run that is to be trained, new or resumed.
 
-    Raises InputError if it could not be loaded again, or not be gone on with."""
+    Raises InputError if it could not be loaded again, or not be gone on with, or if
+    model, data and configuration do not fit."""
     if out:
         check_can_be_loaded(model)
     if resume:
         check_resume(resume, model, objective)
+    batch = first_batch(model, data, config)
+    config = recorded(config, data, model, batch)
+    if resume:
+        check_settings(resume, config)
+        resume.steps = new_length(resume, config)
+        resume.config = config
     run = resume or begin(model, objective, config)
+    if not resume:
+        run.level = max(run.level, float(batch.x0.square().mean()))
     run.learner = run.learner or learner_of(model, objective)
     return run
+
+
+# %% ../nbs/1_plane/12_training.ipynb #e7917620
+def set_aside(out: Path):
+    "Moves an earlier run in a folder to the next free name; other files stay."
+    if out.is_dir() and any((out / name).exists() for name in RUN_FILES):
+        fresh_folder(out)
+
+
+def check_place(out: Path, run: Run):
+    "Raises InputError if a folder holds another run than the one that goes on."
+    path = out / "checkpoint.safetensors"
+    if not path.exists():
+        return
+    stored = read_description(path)
+    same = stored["model"] == run.model.spec() and stored["objective"] == run.objective
+    if not same or stored["step"] > run.step:
+        message = (
+            f"{out} holds another run, or a later step of this one "
+            f"({stored['step']} after {run.step}). Choose another folder."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #d3979557
+def keep(out: Path | str, run: Run):
+    "Saves a run in training, unless this step was saved, or was tried to be."
+    if run.whole and run.saved != run.step:
+        run.saved = run.step
+        save_checkpoint(out, run)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #b6e0e49d
+@contextmanager
+def kept(
+    out: Path | str,
+    run: Run,
+    resumed: bool,
+) -> Iterator[None]:
+    """A context in which a folder belongs to a run. On leaving, the run is saved.
+
+    Raises InputError if another one has the folder."""
+    out = Path(out)
+    if not resumed:
+        set_aside(out)
+    with alone(out):
+        sweep(out)
+        if resumed:
+            check_place(out, run)
+            write_run(out, run)
+        run.saved = run.step
+        keeping = True
+        try:
+            yield
+        except Diverged:
+            keeping = not (out / "checkpoint.safetensors").exists()
+            raise
+        finally:
+            if keeping:
+                leave(out, run)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #40021f13
+def leave(out: Path, run: Run):
+    "Saves what a run has reached; says so if that cannot be."
+    try:
+        keep(out, run)
+    except InputError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
+def folder_of(
+    out: Path | str | None, run: Run, resumed: bool
+) -> AbstractContextManager[None]:
+    "A context in which the first of the processes has the folder, if there is one."
+    if out and processes()[0] == 0:
+        return kept(out, run, resumed)
+    return nullcontext()
 
 
 # %% ../nbs/1_plane/12_training.ipynb #2edf950a
@@ -659,35 +1018,39 @@ def train(
     objective: Objective,  # has draw and loss
     data: Any,  # anything with sample(n, generator)
     config: Config,  # how long, how fast, from which seed
-    resume: Run | None = None,  # from resume_run; model and config are then its own
+    resume: Run | None = None,  # from resume_run; the model is then its own
     *,
     out: Path | str | None = None,  # folder for checkpoints and the log, if any
     bar: bool = False,  # a progress bar
     track: Callable | None = None,  # called with each row of the log, a dictionary
+    since: float | None = None,  # what `clock` read when the budget began, if not now
 ) -> Iterator[Step]:
     """Trains a model, yielding after every step; a finished run yields nothing.
 
     Of several processes only the first writes, shows and tracks. Raises InputError if
-    the loss stops being finite, if `resume` belongs to another model or objective, if
-    the network could not be loaded from `out` again, or if a checkpoint cannot be
-    written; Stopped if a run with `out` is told to stop."""
-    run = opened(model, objective, config, resume, out)
-    watch = Stopwatch(run)
-    if not run.steps:
-        run.steps = steps_within(run, first_pace(run, objective, data))
-        watch.restart(run)
+    data, model and configuration do not fit, if the loss stops being finite or runs
+    away, if `resume` belongs to another model, objective or configuration, if the
+    network could not be loaded from `out` again, if another run is writing there, or
+    if a checkpoint cannot be written; Stopped if a run with `out` is told to stop."""
+    if since is None:
+        since = clock(device_of(model), bool(config.minutes))
+    run = opened(model, objective, data, config, resume, out)
     is_first = processes()[0] == 0
-    with noticing(bool(out)) as signals:
+    watch = Stopwatch(run, since)
+    with folder_of(out, run, resume is not None), noticing(bool(out)) as signals:
+        if not run.steps:
+            plan(run, watch, first_pace(run, objective, data))
+            watch.restart(run)
         for _ in progress_bar(run, bar and is_first):
             numbers = advance(run, objective, data)
             run.seconds = watch.seconds()
-            if run.config.steps is None and run.step % PLAN_EVERY == 0:
-                run.steps = steps_within(run, watch.pace(run))
+            if is_planned(run):
+                plan(run, watch, watch.pace(run))
             if is_logged(run):
                 record(run, numbers, track if is_first else None)
             stop = asked_to_stop(run, signals)
             if out and is_first and (stop or is_saved(run)):
-                save_checkpoint(out, run)
+                keep(out, run)
             if stop:
                 raise Stopped(stop, run.step, out)
             yield Step(run.step, run.steps, numbers, run.ema, run.seconds, run)
@@ -731,12 +1094,8 @@ def pack(run: Run) -> dict[str, torch.Tensor]:
 
 
 # %% ../nbs/1_plane/12_training.ipynb #d7630bf1
-def fit(model: nn.Module, tensors: dict[str, torch.Tensor], source):
-    """Loads tensors into a model.
-
-    Raises InputError that names every tensor that is missing, extra or of another
-    shape."""
-    own = model.state_dict()
+def misfits(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> list:
+    "In words, what is missing, unknown or of another shape, by name."
     wrong = [f"{name} missing" for name in own.keys() - tensors.keys()]
     wrong += [f"{name} unknown" for name in tensors.keys() - own.keys()]
     for name in own.keys() & tensors.keys():
@@ -744,10 +1103,33 @@ def fit(model: nn.Module, tensors: dict[str, torch.Tensor], source):
         expected = tuple(own[name].shape)
         if found != expected:
             wrong.append(f"{name} has shape {found} instead of {expected}")
+    return sorted(wrong)
+
+
+def fit(model: nn.Module, tensors: dict[str, torch.Tensor], source):
+    """Loads tensors into a model.
+
+    Raises InputError that names every tensor that is missing, extra or of another
+    shape, and one that is not finite."""
+    wrong = misfits(model.state_dict(), tensors)
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            wrong.append(f"{name} is NaN or infinite")
     if wrong:
-        message = f"{source} does not fit the network: {'; '.join(sorted(wrong))}."
+        message = f"{source} does not fit the network: {'; '.join(wrong)}."
         raise InputError(message)
     model.load_state_dict(tensors)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #7f790de7
+def check_names(net: nn.Module, tensors: dict[str, torch.Tensor], source):
+    "Raises InputError if a network has other tensors than `net.NAME` of these."
+    own = {f"net.{name}": value for name, value in net.state_dict().items()}
+    inside = {name: value for name, value in tensors.items() if name.startswith("net.")}
+    wrong = misfits(own, inside)
+    if wrong:
+        message = f"{source} does not fit the network: {'; '.join(wrong)}."
+        raise InputError(message)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #d968938b
@@ -770,18 +1152,41 @@ def unpack(run: Run, tensors: dict[str, torch.Tensor], source):
     fit(run.model, named(tensors, "model."), source)
     run.optimiser = optimiser_of(run.model, run.config)
     whole = run.optimiser.state_dict()
-    for name, value in named(tensors, "optimiser.").items():
-        number, what = name.split(".")
-        whole["state"].setdefault(int(number), {})[what] = value
+    whole["state"] = optimiser_state(run, named(tensors, "optimiser."), source)
     run.optimiser.load_state_dict(whole)
 
 
+# %% ../nbs/1_plane/12_training.ipynb #d4e2a6e5
+def optimiser_state(
+    run: Run,
+    tensors: dict[str, torch.Tensor],  # named "NUMBER.WHAT"
+    source,
+) -> dict[int, dict[str, torch.Tensor]]:
+    "The state of each weight. Raises InputError if it is not that of this network."
+    weights = list(run.model.parameters())
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, what = name.partition(".")
+        known = number.isdigit() and int(number) < len(weights)
+        shape = weights[int(number)].shape if known and value.ndim else ()
+        if not known or value.shape != shape:
+            message = (
+                f"{source} holds the state {name!r} of the optimiser, of shape "
+                f"{tuple(value.shape)}, which no weight of the network has. "
+                "Restore the file, or train again."
+            )
+            raise InputError(message)
+        state.setdefault(int(number), {})[what] = value
+    return state
+
+
 # %% ../nbs/1_plane/12_training.ipynb #27d3235f
-FORMAT = "soflow_edu run 1"
+FORMAT = "soflow_edu run 2"
+EARLIER = "soflow_edu run 1"  # without checksums, and the log beside it
 
 
 def about(run: Run) -> dict[str, Any]:
-    "What describes a run: model, objective, configuration, position."
+    "What describes a run: model, objective, configuration, position, log."
     return {
         "format": FORMAT,
         "model": run.model.spec(),
@@ -790,6 +1195,8 @@ def about(run: Run) -> dict[str, Any]:
         "step": run.step,
         "steps": run.steps,
         "seconds": run.seconds,
+        "level": run.level,
+        "log": run.log,
     }
 
 
@@ -806,13 +1213,16 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-# %% ../nbs/1_plane/12_training.ipynb #e5f7b567
+# %% ../nbs/1_plane/12_training.ipynb #98462d34
 def from_csv(text: str) -> list[dict[str, int | float]]:
-    "The rows that `to_csv` wrote; numbers become numbers again."
+    "The rows that `to_csv` wrote, or none if the text is no such table any more."
     rows = []
-    for line in csv.DictReader(io.StringIO(text)):
-        filled = {name: cell for name, cell in line.items() if cell}
-        rows.append({name: as_number(cell) for name, cell in filled.items()})
+    try:
+        for line in csv.DictReader(io.StringIO(text)):
+            filled = {name: cell for name, cell in line.items() if cell}
+            rows.append({name: as_number(cell) for name, cell in filled.items()})
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        return []
     return rows
 
 
@@ -820,26 +1230,71 @@ def as_number(cell: str) -> int | float:
     return int(cell) if cell.lstrip("-").isdigit() else float(cell)
 
 
+# %% ../nbs/1_plane/12_training.ipynb #a4892e44
+def checksum(tensor: torch.Tensor) -> str:
+    "The SHA-256 of a tensor's type, shape and bytes."
+    plain = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def seal(description: str, sums: str) -> str:
+    "The SHA-256 of a description and of the checksums of its tensors, both as text."
+    return hashlib.sha256(f"{description}\n{sums}".encode()).hexdigest()
+
+
+# %% ../nbs/1_plane/12_training.ipynb #611ae15f
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], description: dict):
+    "Tensors as safetensors, with a description and checksums in the header."
+    from safetensors.torch import save_file
+
+    plain = {}
+    for name, value in tensors.items():
+        plain[name] = value.detach().cpu().contiguous()
+    words = json.dumps(description)
+    sums = json.dumps({name: checksum(value) for name, value in plain.items()})
+    header = {"about": words, "sums": sums, "seal": seal(words, sums)}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, header)
+
+
 # %% ../nbs/1_plane/12_training.ipynb #a32d6882
 def save_run(folder: Path | str, run: Run) -> Path:
     """Writes a run into a folder, each file under a temporary name first.
 
-    Raises InputError if the weights are not finite."""
+    Raises InputError if the weights are not finite, if a run is training there, or if
+    the folder holds the checkpoint of another one."""
+    folder = Path(folder)
+    with alone(folder):
+        sweep(folder)
+        if run.optimiser is None and (folder / "checkpoint.safetensors").exists():
+            message = (
+                f"{folder} holds a run that can be trained further, and the one given "
+                "cannot. Choose another folder."
+            )
+            raise InputError(message)
+        return write_run(folder, run)
+
+
+# %% ../nbs/1_plane/12_training.ipynb #8c90e842
+def write_run(folder: Path, run: Run) -> Path:
+    "As `save_run`, for who has the folder already: first the truth, then the rest."
     if not all(value.isfinite().all() for value in run.ema.values()):
         message = (
             f"The weights at step {run.step} are NaN or infinite, so nothing was "
             "saved. Lower learning_rate, or set clip."
         )
         raise InputError(message)
-    folder = Path(folder)
     description = about(run)
     if run.optimiser is not None:
         write_tensors(folder / "checkpoint.safetensors", pack(run), description)
     write_tensors(folder / "model.safetensors", run.ema, description)
+    log = description.pop("log")
     texts = {
         "config.yaml": description["config"],
         "run.json": json.dumps(description, indent=2),
-        "log.csv": to_csv(run.log),
+        "log.csv": to_csv(log),
     }
     for name, text in texts.items():
         with replacing(folder / name) as path:
@@ -847,63 +1302,128 @@ def save_run(folder: Path | str, run: Run) -> Path:
     return folder
 
 
-# %% ../nbs/1_plane/12_training.ipynb #611ae15f
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], description: dict):
-    "Tensors in the format of safetensors, with a description in the header."
-    from safetensors.torch import save_file
-
-    plain = {}
-    for name, value in tensors.items():
-        plain[name] = value.detach().cpu().contiguous()
-    with replacing(path) as temporary:
-        save_file(plain, temporary, {"about": json.dumps(description)})
-
-
-# %% ../nbs/1_plane/12_training.ipynb #73aaf889
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors by name that `save_run` wrote, and the description of the run.
-
-    Raises InputError if the file is missing, cut, or was written by something else."""
-    from safetensors import SafetensorError, safe_open
+# %% ../nbs/1_plane/12_training.ipynb #6f84cf29
+@contextmanager
+def opening(path: Path) -> Iterator[Any]:
+    "An open file of tensors. Raises InputError if it is missing, cut or none."
+    from safetensors import safe_open
 
     if not path.is_file():
         message = f"{path} is missing. Choose a folder that a training run wrote."
         raise InputError(message)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            header = file.metadata() or {}
-    except SafetensorError as error:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds, as files are damaged in many ways
         message = (
             f"{path} is cut or no safetensors file ({error}). "
             "Restore it, or train again."
         )
         raise InputError(message) from None
-    description = json.loads(header.get("about", "{}"))
-    if description.get("format") != FORMAT:
+
+
+def damaged(path: Path, what: str) -> InputError:  # to be raised by the caller
+    return InputError(
+        f"{path} is damaged: {what} not what its checksum says. "
+        "Restore it from a copy, or train again."
+    )
+
+
+# %% ../nbs/1_plane/12_training.ipynb #d1a94eb9
+ENTRIES = {
+    "model": dict,
+    "objective": dict,
+    "config": str,
+    "step": int,
+    "steps": int,
+    "seconds": int | float,
+    "level": int | float,
+    "log": list,
+}
+
+
+# %% ../nbs/1_plane/12_training.ipynb #09ec5c8f
+def described_run(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The description of a run from the header of its file.
+
+    Raises InputError if it is damaged or describes no run."""
+    words = header.get("about", "{}")
+    try:
+        description = json.loads(words)
+    except ValueError:
+        raise damaged(path, "the description is") from None
+    known = isinstance(description, dict)
+    if not known or description.get("format") not in (FORMAT, EARLIER):
         message = (
             f"{path} holds tensors, but was not written by save_run of this library: "
             "its header does not describe a run."
         )
         raise InputError(message)
+    if description["format"] == EARLIER:
+        description = {"level": 1.0, "log": []} | description
+    elif header.get("seal") != seal(words, header.get("sums", "")):
+        raise damaged(path, "the description is")
+    for name, kind in ENTRIES.items():
+        if not isinstance(description.get(name), kind):
+            message = (
+                f"{path} describes no run: {name} is {description.get(name)!r}. "
+                "Restore it from a copy, or train again."
+            )
+            raise InputError(message)
+    return description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    "What the header of a run's file says. Raises InputError as `read_tensors`."
+    with opening(path) as file:
+        return described_run(path, file.metadata() or {})
+
+
+# %% ../nbs/1_plane/12_training.ipynb #73aaf889
+def read_tensors(
+    path: Path,
+    prefix: str = "",  # of the names of those that are wanted
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors by name that `save_run` wrote, and the description of the run.
+
+    Raises InputError if the file is missing, cut, damaged, or was written by something
+    else."""
+    with opening(path) as file:
+        header = file.metadata() or {}
+        description = described_run(path, header)
+        present = list(file.keys())
+        sums = dict.fromkeys(present)
+        if description["format"] == FORMAT:
+            sums = json.loads(header["sums"])
+        if set(sums) != set(present):
+            raise damaged(path, "the list of tensors is")
+        tensors = {}
+        for name in present:
+            if name.startswith(prefix):
+                tensors[name] = file.get_tensor(name).clone()  # not a view of the file
+        for name, value in tensors.items():
+            if sums[name] is not None and checksum(value) != sums[name]:
+                raise damaged(path, f"the tensor {name} is")
     return tensors, description
 
 
 # %% ../nbs/1_plane/12_training.ipynb #922e9c49
 def save_checkpoint(out: Path | str, run: Run):
-    """Writes a run in training.
+    """Writes a run in training, whose folder it is.
 
     Raises InputError that names the last good checkpoint if the files cannot be
     written."""
     from safetensors import SafetensorError
 
     try:
-        save_run(out, run)
+        write_run(Path(out), run)
     except (OSError, SafetensorError) as error:
         path = Path(out) / "checkpoint.safetensors"
         good = "There is no checkpoint there yet"
         if path.exists():
-            last = read_tensors(path)[1]["step"]
+            last = read_description(path)["step"]
             good = f"The last good checkpoint there is of step {last}"
         message = (
             f"The run could not be saved in {out} after step {run.step}: {error}. "
@@ -945,64 +1465,184 @@ def config_of(description: dict[str, Any], folder: Path) -> Config:
     return make_config(content)
 
 
+# %% ../nbs/1_plane/12_training.ipynb #e541e533
+SPARE = 1_000_000  # numbers that a network may hold besides those that are saved
+
+
+@contextmanager
+def no_larger_than(tensors: dict[str, torch.Tensor], source) -> Iterator[None]:
+    "Building in this context raises InputError beyond the numbers that a file holds."
+    held = sum(value.numel() for value in tensors.values())
+    most = 2 * held + SPARE
+    built = 0
+
+    def count(layer, name, value):
+        nonlocal built
+        built += 0 if value is None else value.numel()
+        if built > most:
+            message = (
+                f"{source} holds {held:,} numbers, but its description asks for a "
+                "network of more. It is damaged, or was changed: restore it."
+            )
+            raise InputError(message)
+
+    hooks = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# %% ../nbs/1_plane/12_training.ipynb #137e5529
+def build_like(spec: Any, tensors: dict[str, torch.Tensor], source) -> nn.Module:
+    """The network of a description, which must have the given tensors.
+
+    Raises InputError if it cannot be built, or has others."""
+    try:
+        with no_larger_than(tensors, source):
+            try:
+                with torch.device("meta"):
+                    check_names(build("network", spec), tensors, source)
+            except NotImplementedError:  # it cannot be built without memory
+                pass
+            return build("network", spec)
+    except InputError:
+        raise
+    except Exception as error:  # of a network that was built with wrong options
+        message = (
+            f"{source} describes the network {spec!r}, which cannot be built: "
+            f"{type(error).__name__}: {error}. Restore it from a copy."
+        )
+        raise InputError(message) from error
+
+
 # %% ../nbs/1_plane/12_training.ipynb #8d277267
-def revive(description: dict[str, Any], folder: Path) -> Run:
-    "A run as its description says, with new weights."
-    config = config_of(description, folder)
+def device_to_load(config: Config) -> torch.device:
+    "The device of a run, or what there is if this machine lacks it."
+    try:
+        return choose_device(config.device)
+    except InputError:
+        return choose_device("auto")
+
+
+def log_of(description: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    "The log of a run; that of an earlier format stands in a file beside it."
+    path = folder / "log.csv"
+    if description["format"] != EARLIER or not path.is_file():
+        return description["log"]
+    rows = from_csv(path.read_text(encoding="utf-8", errors="replace"))
+    return [row for row in rows if row.get("step", 0) <= description["step"]]
+
+
+# %% ../nbs/1_plane/12_training.ipynb #4fe4bd64
+def revive(
+    description: dict[str, Any],
+    folder: Path,
+    tensors: dict[str, torch.Tensor],  # of its network, which show how large it is
+    source: Path,  # of the tensors
+    **changes,  # of the configuration
+) -> Run:
+    """A run as its description says, with new weights.
+
+    Raises InputError if its components cannot be built, or are not those of the
+    tensors."""
+    config = replace(config_of(description, folder), **changes)
     spec = description["model"]
-    net = build("network", spec["network"])
-    model = SolutionModel(net, spec["path"], spec["coefficients"])
-    model.to(choose_device(config.device))
-    rows = []
-    if (folder / "log.csv").exists():
-        rows = from_csv(read_text(folder / "log.csv"))
-    step = description["step"]
+    parts = [spec.get(name) for name in ("network", "path", "coefficients")]
+    if None in parts:
+        message = f"{source} describes no model: {spec!r}. Restore it from a copy."
+        raise InputError(message)
+    net = build_like(parts[0], tensors, source)
+    model = SolutionModel(net, *parts[1:])
+    model.to(device_to_load(config))
     return Run(
         model,
         config,
         ema={},
-        step=step,
+        step=description["step"],
         steps=description["steps"],
         seconds=description["seconds"],
-        log=[row for row in rows if row["step"] <= step],
+        log=log_of(description, folder),
         objective=description["objective"],
+        level=description["level"],
     )
 
 
 # %% ../nbs/1_plane/12_training.ipynb #e88b34c5
-def load_run(folder: Path | str) -> Run:
-    """A run from its folder, its model with averaged weights.
-
-    Raises InputError if it is missing, cut, not a run of this library, or uses
-    components that cannot be imported."""
-    folder = Path(folder)
+def check_folder(folder: Path):
+    "Raises InputError if this is no folder."
     if not folder.is_dir():
         found = "a file" if folder.exists() else "missing"
         message = f"{folder} is {found}, but the folder of a run was expected."
         raise InputError(message)
-    ema, description = read_tensors(folder / "model.safetensors")
-    run = revive(description, folder)
-    fit(run.model, ema, folder / "model.safetensors")
+
+
+def step_in(path: Path) -> int | None:
+    "The step of a run's file; None if there is none that is whole."
+    try:
+        return read_description(path)["step"]
+    except InputError:
+        return None
+
+
+def weights_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
+    """The averaged weights of a run, its description, and the file that has them.
+
+    Of model and checkpoint the model is read, being smaller, if it is of the same
+    step, or if it alone is whole. Raises InputError if neither is."""
+    small = folder / "model.safetensors"
+    truth = folder / "checkpoint.safetensors"
+    last = step_in(truth)
+    if last is None or last == step_in(small):
+        try:
+            return *read_tensors(small), small
+        except InputError:
+            if last is None:
+                raise
+    tensors, description = read_tensors(truth, "ema.")
+    return named(tensors, "ema."), description, truth
+
+
+# %% ../nbs/1_plane/12_training.ipynb #61b266ba
+def load_run(folder: Path | str) -> Run:
+    """A run from its folder, its model with averaged weights.
+
+    Raises InputError if it is missing, cut, damaged, not a run of this library, or uses
+    components that cannot be imported."""
+    folder = Path(folder)
+    check_folder(folder)
+    ema, description, source = weights_of(folder)
+    run = revive(description, folder, ema, source)
+    fit(run.model, ema, source)
     run.ema = {name: value.to(run.device) for name, value in ema.items()}
     run.model.eval().requires_grad_(False)
     return run
 
 
 # %% ../nbs/1_plane/12_training.ipynb #50b3a14d
-def resume_run(folder: Path | str) -> Run:
+def resume_run(
+    folder: Path | str,
+    **changes,  # of settings that do not shape what is learned: device="cuda"
+) -> Run:
     """A run that `train(run.model, objective, data, run.config, resume=run)` goes on
     with.
 
     Raises InputError as load_run, or if there is no checkpoint."""
-    path = Path(folder) / "checkpoint.safetensors"
-    if Path(folder).is_dir() and not path.exists():
+    folder = Path(folder)
+    check_folder(folder)
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
         message = (
             f"{folder} holds no {path.name}, so its model can be used (load_run) "
             "but not trained further."
         )
         raise InputError(message)
     tensors, description = read_tensors(path)
-    run = revive(description, Path(folder))
+    run = revive(description, folder, named(tensors, "ema."), path, **changes)
     prepared(run.model, run.config)
     moved = {name: value.to(run.device) for name, value in tensors.items()}
     unpack(run, moved, path)
