@@ -20,13 +20,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any
 
 # %% ../nbs/2_images/04_cifar10.ipynb #5ea04511
 import numpy as np
@@ -45,6 +46,7 @@ from .training import Run, load_run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 # %% ../nbs/2_images/04_cifar10.ipynb #3433254f
 SIZE = 32  # pixels along an edge
@@ -329,26 +331,169 @@ def named(img: object) -> str:
 def listed(words: list[str]) -> str:
     "The first three of the words, and whether there are more."
     more = "; ..." if len(words) > 3 else ""
-    return "; ".join(words[:3]) + more
+    return printable("; ".join(words[:3]) + more)
+
+
+def printable(words: str) -> str:
+    "The words, with a code for what no text can hold, as names of files can be."
+    return words.encode("utf-8", "backslashreplace").decode()
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #9ad699e9
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "AVIF",
+    "HEIF",
+)  # by Pillow's names
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    "Those of FORMATS that the installed Pillow reads."
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #a327c8c0
+MOST_PIXELS = 89_478_485  # of a picture: Pillow warns from there on
+MANY_PIXELS = 2**24  # of which only one picture is decoded at a time
+_one_at_a_time = Lock()
+
+
+def open_picture(
+    file: str | Path | IO[bytes],
+) -> "Picture":  # whose pixels are still to be decoded
+    """A picture of a file.
+
+    Raises ValueError if it is none or too large, or whatever a damaged file makes
+    the decoder raise."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(file, formats=readable_formats())
+    except UnidentifiedImageError:
+        raise ValueError("is no file of a picture") from None
+    if picture.width * picture.height > MOST_PIXELS:
+        message = (
+            f"has {picture.width:,} x {picture.height:,} pixels, more than "
+            f"{MOST_PIXELS:,}: make it smaller first"
+        )
+        raise ValueError(message)
+    return picture
+
+
+def room_for(picture: "Picture") -> AbstractContextManager:
+    "What a picture waits for before it is decoded."
+    is_large = picture.width * picture.height > MANY_PIXELS
+    return _one_at_a_time if is_large else nullcontext()
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #70d09528
+def depth_of(picture: "Picture") -> int:
+    "The bits of a grey value of more than eight."
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF file
+    bits = tags.get(258, 16)
+    return bits[0] if isinstance(bits, tuple) else bits
+
+
+def in_eight_bits(picture: "Picture") -> "Picture":  # in grey
+    """A grey picture of 12 or 16 bits in eight.
+
+    Raises ValueError for numbers whose scale is not known."""
+    from PIL import Image
+
+    named = picture.mode.startswith("I;16")
+    if not named and not (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        message = (
+            f"has pixels of the kind {picture.mode}, whose scale is not known: "
+            "convert it to 8 or 16 bits"
+        )
+        raise ValueError(message)
+    values = np.asarray(picture).astype(np.float32)
+    levels = values * (255 / (2 ** depth_of(picture) - 1))
+    if getattr(picture, "tag_v2", {}).get(262) == 0:  # white is zero
+        levels = 255 - levels
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        levels[values == clear] = 255
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #febac1c9
+def in_colour(picture: "Picture") -> "Picture":  # red, green, blue, of eight bits
+    "A decoded picture on white. Raises ValueError if it has no colours on a screen."
+    from PIL import Image
+
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = in_eight_bits(picture)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        picture = Image.alpha_composite(white, layer)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #4384584a
+ORIENTATION = 0x0112  # the tag of EXIF
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def turn_of(picture: "Picture") -> str:
+    "How a picture must be turned to stand upright; empty if it stands so."
+    try:
+        return TURNS.get(picture.getexif().get(ORIENTATION) or 1, "")
+    except Exception:  # the note is damaged, the pixels need not be
+        return ""
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #e8619d65
+def as_seen(picture: "Picture") -> "Picture":  # red, green, blue, of eight bits
+    """A picture as a viewer shows it: decoded, upright, on white.
+
+    Raises ValueError for pixels without a scale, or whatever a damaged file makes the
+    decoder raise."""
+    from PIL import Image
+
+    picture.load()
+    turn = turn_of(picture)
+    colours = in_colour(picture)
+    return colours.transpose(Image.Transpose[turn]) if turn else colours
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #715fdf63
 def decode(
     img: object,  # {"bytes": ..., "path": ...}
 ) -> np.ndarray:  # uint8 (height, width, channels), or (height, width) for grey
-    """The pixels of one entry of the column img.
+    """The pixels of one entry of the column img; zeros if it is of another shape.
 
     Raises whatever a damaged file makes the decoder raise."""
-    from PIL import Image, UnidentifiedImageError
-
     if not isinstance(img, dict) or not isinstance(img.get("bytes"), bytes):
         raise ValueError("holds no bytes of an image file")
-    try:
-        opened = Image.open(io.BytesIO(img["bytes"]))
-    except UnidentifiedImageError:
-        raise ValueError("is no file of a picture") from None
-    with opened as picture:
-        return np.asarray(picture)
+    with open_picture(io.BytesIO(img["bytes"])) as picture:
+        channels = len(picture.getbands())
+        if picture.size == (SIZE, SIZE) and channels == 3:
+            return np.asarray(as_seen(picture))
+        shape = (picture.height, picture.width, channels)
+        return np.broadcast_to(np.uint8(0), shape[:2] if channels == 1 else shape)
 
 
 def decode_rows(

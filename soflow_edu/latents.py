@@ -20,11 +20,12 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .cifar10 import listed
+from .cifar10 import (
+    as_seen,
+    listed,
+    open_picture,
+    printable,
+    readable_formats,
+    room_for,
+)
 from .config import choose_device, data_root, read_text, replacing
 from .core import InputError, build, check_least, names, register, unknown
 from .training import agree, join_processes, processes
@@ -56,24 +64,91 @@ class ImageFolder:
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #cd14f97f
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # in small or capitals
+FOREIGN = (
+    "@eadir",
+    "@tmp",
+    "@__thumb",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "__macosx",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+)  # names that file servers, archivers and desktops leave, in small letters
 
 
-def is_hidden(path: Path, root: Path) -> bool:
-    "Whether a name on the way from the root to the path begins with a dot."
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def is_shown(name: str) -> bool:
+    "Whether a file or folder is neither hidden nor left behind by a program."
+    return not name.startswith(".") and name.casefold() not in FOREIGN
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3de665a4
+def refuse_folder(error: OSError):
+    "Raises InputError for a folder that cannot be read."
+    message = (
+        f"The folder {error.filename} cannot be read ({error.strerror}). "
+        "Allow it, or remove the folder."
+    )
+    raise InputError(message)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    "All shown files below a folder, also behind links. Raises InputError."
+    above = Path(os.path.realpath(folder)).parents
+    seen = {str(parent) for parent in above}
+    for place, folders, here in os.walk(
+        folder, onerror=refuse_folder, followlinks=True
+    ):
+        folders[:] = sorted(filter(is_shown, folders))
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in filter(is_shown, here))
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #0ecd8571
+@cache
+def endings() -> tuple[str, ...]:
+    "The endings of the pictures that can be read, in small letters."
+    from PIL import Image
+
+    kinds = readable_formats()
+    known = Image.registered_extensions()
+    return tuple(ending for ending, kind in known.items() if kind in kinds)
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS and path.is_file()
+    return path.suffix.lower() in endings() and path.is_file()
 
 
-def pictures_below(folder: Path, root: Path) -> list[str]:
+def kind_of_file(path: Path) -> str:
+    "What a file that is left out is, in a word or two."
+    if path.suffix.lower() in endings():
+        return "broken link" if path.is_symlink() else "of no content"
+    return printable(path.suffix.lower()) or "without ending"
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #ba481c1c
+def pictures_below(
+    folder: Path,
+    root: Path,
+    others: Counter[str] | None = None,  # where files of other kinds are counted
+) -> list[str]:
     "Sorted paths, relative to the root, of the pictures below a folder."
-    shown = [path for path in folder.rglob("*") if not is_hidden(path, root)]
-    return sorted(
-        path.relative_to(root).as_posix() for path in filter(is_picture, shown)
-    )
+    found = []
+    for path in files_below(folder):
+        if is_picture(path):
+            found.append(path.relative_to(root).as_posix())
+        elif others is not None:
+            others[kind_of_file(path)] += 1
+    return sorted(found)
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #c09db002
@@ -87,7 +162,7 @@ def class_folders(root: Path) -> list[str]:
         )
         raise InputError(message)
     folders = [path for path in root.iterdir() if path.is_dir()]
-    found = sorted(path.name for path in folders if not is_hidden(path, root))
+    found = sorted(path.name for path in folders if is_shown(path.name))
     if not found:
         message = (
             f"{root} holds no folders, but one for each class was expected, such as "
@@ -105,7 +180,7 @@ def check_classes(root: Path, found: dict[str, list]):  # class -> its pictures
     if empty:
         message = (
             f"{len(empty)} of {len(found)} classes in {root} hold no pictures "
-            f"({', '.join(ENDINGS)}): {listed(empty)}. "
+            f"({', '.join(endings())}): {listed(empty)}. "
             "Remove these folders, or give another one."
         )
         raise InputError(message)
@@ -118,24 +193,59 @@ def check_classes(root: Path, found: dict[str, list]):  # class -> its pictures
         raise InputError(message)
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #447344be
+@cache
+def tell_once(words: str):
+    "Says something once; of several processes the first one does."
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(words)
+
+
+def tell_left_out(root: str, others: Counter[str], beside: int):
+    "Says how many files of which kinds are no pictures, or have no class."
+    counts = [f"{count} {kind}" for kind, count in others.most_common()]
+    if beside:
+        counts.append(f"{beside} beside the folders of classes")
+    if counts:
+        tell_once(printable(f"{root}: left out {', '.join(counts)}."))
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #f75ad71d
 def image_folder(
     root: str | Path,  # folder with one folder for each class
 ) -> ImageFolder:
-    """The pictures below a folder; names that begin with a dot do not count.
+    """The pictures below a folder; it says how many other files are left out.
 
-    Raises InputError if there are none, none in a class, or only in folders further
-    down."""
+    Names that begin with a dot do not count, nor what file servers leave behind.
+    Raises InputError if there are no pictures, none in a class, or only in folders
+    further down."""
     root = Path(root)
     classes = class_folders(root)
-    found = {name: pictures_below(root / name, root) for name in classes}
+    others: Counter[str] = Counter()
+    found = {name: pictures_below(root / name, root, others) for name in classes}
     check_classes(root, found)
     files = []
     labels = []
     for label, name in enumerate(classes):
         files += found[name]
         labels += [label] * len(found[name])
+    beside = sum(is_picture(path) for path in root.iterdir() if is_shown(path.name))
+    tell_left_out(str(root), others, beside)
     return ImageFolder(root, classes, files, labels)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #90a9aece
+LONGEST = 32  # edges of a picture are at most in this ratio, or its ends are cut off
+
+
+def without_ends(picture: "Picture") -> "Picture":
+    "The middle of a strip: enlarged until its short edge fits it could be immense."
+    most = LONGEST * min(picture.size)
+    left = max(picture.width - most, 0) // 2
+    top = max(picture.height - most, 0) // 2
+    if not left and not top:
+        return picture
+    return picture.crop((left, top, picture.width - left, picture.height - top))
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #15988e72
@@ -146,6 +256,7 @@ def centre_crop(
     "The middle of a picture, as a square, cut as in ADM (Dhariwal and Nichol, 2021)."
     from PIL import Image
 
+    picture = without_ends(picture)
     while min(picture.size) >= 2 * size:
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
@@ -159,18 +270,30 @@ def centre_crop(
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #e26a0aee
+def square_of(path: str | Path, size: int) -> torch.Tensor:  # (3, size, size)
+    "What `read_picture` reads. Raises whatever a damaged file makes the decoder raise."
+    with open_picture(path) as picture, room_for(picture):
+        square = centre_crop(as_seen(picture), size)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+
 def read_picture(
     path: str | Path,
     size: int,  # pixels along an edge
 ) -> torch.Tensor:  # (3, size, size) in [-1, 1]
-    """A picture from a file, cut by `centre_crop`.
+    """A picture from a file, upright and on white, cut by `centre_crop`.
 
-    Raises whatever a damaged file makes the decoder raise."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        square = centre_crop(picture.convert("RGB"), size)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    Raises InputError if it cannot be read."""
+    try:
+        return square_of(path, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        message = (
+            f"{path} cannot be read as a picture ({error}). "
+            "Copy it again, or remove it."
+        )
+        raise InputError(message) from error
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #c9e24b90
@@ -595,7 +718,7 @@ class Plan:
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #10e3fc50
-def is_fault_of_picture(error: Exception, root: Path) -> bool:
+def is_fault_of_picture(error: BaseException, root: Path) -> bool:
     "Whether a picture is damaged, or gone from a folder that is there."
     if isinstance(error, MemoryError):
         return False
@@ -614,10 +737,11 @@ def read_row(
     root = Path(plan.root)
     try:
         x = read_picture(root / plan.file_of(row), plan.size)
-    except Exception as error:  # a damaged file can fail in any way
-        if not is_fault_of_picture(error, root):
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not is_fault_of_picture(cause, root):
             raise
-        return str(error) or type(error).__name__
+        return printable(str(cause)) or type(cause).__name__
     return x.flip(2) if row >= len(plan.files) else x
 
 

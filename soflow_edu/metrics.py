@@ -354,13 +354,15 @@ MOST_TIMES = 50  # by which numbers are packed more tightly, at most
 FEW_BYTES = 2**28  # that are never too many
 
 
+# %% ../nbs/2_images/03_metrics.ipynb #03293ba6
 def declared_bytes(
     file: IO[bytes],  # an array in the .npy format; its head is read
 ) -> int:
     "The bytes that an array takes, as its head says. Raises ValueError for objects."
     version = np.lib.format.read_magic(file)
     if version not in READERS:
-        raise ValueError(f"its format {version} is not known")
+        message = f"its format {version} is not known"
+        raise ValueError(message)
     shape, _, kind = READERS[version](file)
     if kind.hasobject:
         raise ValueError("objects")
@@ -387,6 +389,7 @@ def check_amount(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> 
     check_packing(path, total)
 
 
+# %% ../nbs/2_images/03_metrics.ipynb #5234afcb
 def check_packing(path: Path, total: int) -> None:
     "Raises InputError for a file that would become very much larger in memory."
     held = path.stat().st_size
