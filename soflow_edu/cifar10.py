@@ -1207,6 +1207,16 @@ def weights_file(
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #4837640c
+def is_card(card: object) -> bool:
+    "Whether something read from a file has what a card must have."
+    if not isinstance(card, dict) or card.get("format") != CARD:
+        return False
+    model = card.get("model")
+    parts = ("network", "path", "coefficients")
+    named = isinstance(model, dict) and all(part in model for part in parts)
+    return named and isinstance(card.get("sha256"), str)
+
+
 def read_card(
     name: str | Path,  # such as "cifar10-soflow", or the path of a .safetensors file
 ) -> dict[str, Any]:
@@ -1214,10 +1224,10 @@ def read_card(
     path = weights_file(name).with_suffix(".json")
     try:
         card = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         message = f"{path.name} is damaged ({error}). Get it again."
         raise InputError(message) from None
-    if not isinstance(card, dict) or card.get("format") != CARD:
+    if not is_card(card):
         message = f"{path.name} is no card that export_weights wrote. Get it again."
         raise InputError(message)
     return card
@@ -1229,7 +1239,7 @@ def check_content(path: Path, content: bytes, card: dict[str, Any]):
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
         message = (
             f"{path.name} has {len(content):,} bytes and is not the file whose "
-            f"checksum its card holds ({card['bytes']:,} bytes). Get both again."
+            f"checksum its card holds ({card.get('bytes')} bytes). Get both again."
         )
         raise InputError(message)
 
@@ -1247,6 +1257,55 @@ def fill_parameters(path: Path, model: SolutionModel, vector: torch.Tensor):
     nn.utils.vector_to_parameters(vector.float(), parameters)
 
 
+def parameters_in(content: bytes, path: Path) -> torch.Tensor:  # (N,)
+    "The one tensor of a file of weights. Raises InputError if it holds none."
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)["parameters"].flatten()
+    except (SafetensorError, KeyError, ValueError) as error:
+        message = f"{path.name} is no file of weights ({error}). Get it again."
+        raise InputError(message) from None
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #7bbc86c6
+@contextmanager
+def at_most(numbers: int, path: Path) -> Iterator[None]:
+    "Raises InputError while a network of very many more parameters is being built."
+    hook = nn.modules.module.register_module_parameter_registration_hook
+    counts = [0]
+
+    def count(module, name, parameter):
+        counts.append(counts.pop() + parameter.numel())
+        if counts[0] > 2 * numbers:
+            message = (
+                f"{path.name} holds {numbers:,} parameters, but its card describes a "
+                f"network of {counts[0]:,} or more. Get both again."
+            )
+            raise InputError(message)
+
+    handle = hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def network_of(card: dict[str, Any], path: Path) -> nn.Module:
+    "The network that a card describes. Raises InputError if it cannot be built."
+    try:
+        return build("network", card["model"]["network"])
+    except InputError:
+        raise
+    except Exception as error:  # options without sense can fail in any way
+        message = (
+            f"The card of {path.name} describes a network that cannot be built "
+            f"({type(error).__name__}: {error}). Get both again."
+        )
+        raise InputError(message) from None
+
+
 # %% ../nbs/2_images/04_cifar10.ipynb #68f9676f
 def load_weights(
     name: str | Path,  # such as "cifar10-soflow", or the path of a .safetensors file
@@ -1254,14 +1313,14 @@ def load_weights(
     """The model of named weights, in float32 and evaluation mode.
 
     Raises InputError if they are missing, or not those of their card."""
-    from safetensors.torch import load
-
     path = weights_file(name)
     card = read_card(name)
     content = path.read_bytes()
     check_content(path, content, card)
+    vector = parameters_in(content, path)
+    with at_most(vector.numel(), path), torch.device("meta"):
+        network_of(card, path)
     spec = card["model"]
-    network = build("network", spec["network"])
-    model = SolutionModel(network, spec["path"], spec["coefficients"])
-    fill_parameters(path, model, load(content).get("parameters", torch.empty(0)))
+    model = SolutionModel(network_of(card, path), spec["path"], spec["coefficients"])
+    fill_parameters(path, model, vector)
     return model.eval().requires_grad_(False)

@@ -710,7 +710,8 @@ def test_numbers_without_a_scale_are_refused(tmp_path):
 
 def test_what_is_transparent_is_white(tmp_path):
     "A red that nobody was meant to see, in every kind of transparency."
-    red, blue = (200, 0, 0), (0, 0, 200)
+    red = (200, 0, 0)
+    blue = (0, 0, 200)
     pixels = np.full((8, 8, 4), (*red, 0), np.uint8)
     pixels[4:] = (*blue, 255)
     picture = Image.fromarray(pixels)
