@@ -17,6 +17,7 @@ __all__ = [
 # %% ../nbs/3_imagenet/02_latents.ipynb #19343432
 import csv
 import json
+import math
 import os
 import shutil
 import time
@@ -583,6 +584,15 @@ def take_room(file: Path, name):
             raise InputError(message) from None
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #40abfdb1
+USUAL_CHANNELS = (4, 16)  # of the autoencoders that are in use
+
+
+def about_channels(channels: int) -> dict[str, int]:
+    "What a file must say if the number of its channels is not a usual one."
+    return {} if channels in USUAL_CHANNELS else {"channels": channels}
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #83f43d21
 def new_latent_file(
     path: str | Path,
@@ -605,7 +615,7 @@ def new_latent_file(
             file["labels"] = np.asarray(labels, np.int64)
             file["amount"] = len(labels)
             file["latent_size"] = latent_size
-            file.attrs.update(attributes or {})
+            file.attrs.update(about_channels(channels) | (attributes or {}))
         take_room(temporary, path)
     return Path(path)
 
@@ -945,42 +955,146 @@ def check_layout(path: Path, parts: dict):
     raise InputError(message)
 
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
-def opened_hdf5(path: Path):
-    "An HDF5 file, to be read. Raises InputError if it cannot be."
-    try:
-        return hdf5().File(path, "r")
-    except OSError as error:
+# %% ../nbs/3_imagenet/02_latents.ipynb #e816f5aa
+def check_channels(path: Path, count: int, attributes: dict):
+    "Raises InputError if it is not clear that half of the channels are deviations."
+    half = count // 2
+    said = attributes.get("channels", half)
+    known = half in USUAL_CHANNELS or {"channels", "autoencoder"} & attributes.keys()
+    if known and said == half:
+        return
+    says = f", and says channels = {said!r}" if "channels" in attributes else ""
+    message = (
+        f"{path} has latents of {count} channels{says}. They may be means and "
+        f"standard deviations of {half}, or means alone of {count}. Means alone: "
+        f"write zeros behind them, so that there are {2 * count}. Both: say so by an "
+        f"attribute of the file, file.attrs['channels'] = {half}."
+    )
+    raise InputError(message)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #8f1bbcce
+def is_scale(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value < math.inf
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_classes(value: object) -> bool:
+    "Whether something is a list of names, or the JSON text of one."
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+ATTRIBUTES = {
+    "scale": (is_scale, "a positive number"),
+    "classes": (is_classes, "a list of names, or one as JSON text"),
+    "autoencoder": (is_name, "a name"),
+}
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #e9dcb7ab
+def check_attributes(path: Path, attributes: dict):
+    "Raises InputError if an attribute that is used is of another kind."
+    for name, (fits, wanted) in ATTRIBUTES.items():
+        if name in attributes and not fits(attributes[name]):
+            given = repr(attributes[name])
+            message = (
+                f"{path} has the attribute {name} = {given[:60]}, but {wanted} was "
+                f"expected. Correct it, or remove it: del file.attrs[{name!r}]."
+            )
+            raise InputError(message)
+
+
+def plain(value: Any) -> Any:
+    "An attribute of a file without numpy: numbers, text and lists of them."
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return list(map(plain, value)) if isinstance(value, list) else value
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #ba0c8505
+PACKED = 1100  # times smaller, at most, than what it is made of: the limit of zlib
+MOST_CLASSES = 10**6
+
+
+def check_stored(path: Path, part: Any):
+    "Raises InputError for a data set that declares more bytes than a file can hold."
+    held = path.stat().st_size
+    factor = PACKED if getattr(part, "chunks", None) else 1
+    declared = math.prod(part.shape) * part.dtype.itemsize
+    elsewhere = getattr(part, "is_virtual", False) or getattr(part, "external", None)
+    if declared > factor * held and not elsewhere:
         message = (
-            f"{path} cannot be read: it is cut, is being written by another program, "
-            f"or is no HDF5 file ({error}). Copy or make it again."
+            f"{path} is damaged: its {part.name.strip('/')} declare {declared:,} "
+            f"bytes, but the file holds {held:,}. Copy or make it again."
         )
-        raise InputError(message) from None
+        raise InputError(message)
 
 
+def check_classes_of_rows(path: Path, labels: torch.Tensor):
+    "Raises InputError for classes that are not counted from 0, or are too many."
+    low, high = labels.aminmax()
+    if low < 0 or high >= MOST_CLASSES:
+        message = (
+            f"{path} has labels from {low} to {high}, but classes are counted from 0, "
+            f"and at most {MOST_CLASSES:,} of them. Make it again."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #028951ee
+def damaged_hdf5(path: Path, error: Exception) -> InputError:
+    "The error for a file that cannot be read."
+    return InputError(
+        f"{path} cannot be read: it is cut, is being written by another program, "
+        f"or is no HDF5 file ({error}). Copy or make it again."
+    )
+
+
+@contextmanager
+def opened_hdf5(path: Path) -> Iterator[Any]:
+    "An HDF5 file, to be read. Raises InputError for whatever goes wrong with it."
+    h5py = hdf5()
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # the library has many words for damage
+        raise damaged_hdf5(path, error) from None
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
 def open_latents(
     path: str | Path,  # of a file, or of the folder that holds it
     growing: bool = False,  # also a file that is still being written
 ) -> LatentFile:
     """What a latent file says about itself.
 
-    Raises InputError if it is missing, cut, still being written, or of another
-    layout."""
+    Raises InputError if it is missing, cut, still being written, of another layout, or
+    does not say what its channels are."""
     path = Path(path) if growing else find_latents(path)
     with opened_hdf5(path) as file:
         parts = {name: file.get(name) for name in LATENT_PARTS}
         check_layout(path, parts)
+        check_stored(path, parts["latents"])
+        check_stored(path, parts["labels"])
         shape = parts["latents"].shape
         labels = torch.from_numpy(parts["labels"][:].astype(np.int64))
-        attributes = {}
-        for name, value in file.attrs.items():
-            attributes[name] = value.item() if hasattr(value, "item") else value
-    if labels.min() < 0:
-        message = (
-            f"{path} has labels from {labels.min()}, but classes are counted from 0. "
-            "Make it again."
-        )
-        raise InputError(message)
+        attributes = {name: plain(value) for name, value in file.attrs.items()}
+    check_classes_of_rows(path, labels)
+    check_channels(path, shape[1], attributes)
+    check_attributes(path, attributes)
     return LatentFile(path, labels, shape, attributes)
 
 
@@ -1387,8 +1501,25 @@ class OpenRows:
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #b4477f87
+def check_values(path: Path, rows: np.ndarray):  # (n, 2 channels, size, size)
+    "Raises InputError for what can be no mean and standard deviation."
+    std = rows[:, rows.shape[1] // 2 :]
+    if not np.isfinite(rows).all():
+        fault = "numbers that are not finite (NaN or infinite)"
+    elif (std < 0).any():
+        fault = f"{std.min():.3g} where standard deviations, the second half, stand"
+    else:
+        return
+    message = (
+        f"{path} holds {fault}. If its latents have no standard deviation, write zeros "
+        "behind the means; if it is damaged, make it again."
+    )
+    raise InputError(message)
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #1e482d7a
-class LatentReader(OpenRows):
+class RowReader(OpenRows):
     "Rows of a latent file, read by several threads."
 
     def fetch(self, rows: np.ndarray, out: np.ndarray, places: range):
@@ -1399,20 +1530,8 @@ class LatentReader(OpenRows):
             else:
                 out[k] = self.slow[int(rows[k])]
 
-    def __call__(
-        self,
-        rows,  # whole numbers (n,)
-    ) -> torch.Tensor:  # means and standard deviations (n, 2 channels, size, size)
-        """Rows in the order asked for.
-
-        Raises IndexError for one that the file does not have."""
-        rows = np.asarray(rows)
-        last = len(self.file.labels) - 1
-        if len(rows) and (rows.min() < 0 or rows.max() > last):
-            asked = f"rows {rows.min()} to {rows.max()} were asked for"
-            message = f"{asked}, but there are 0 to {last}"
-            raise IndexError(message)
-        self.ready()
+    def fetch_all(self, rows: np.ndarray) -> np.ndarray:
+        "Reads the rows, by several threads if there are any."
         out = np.empty((len(rows), *self.file.shape[1:]), np.float32)
         count = len(rows)
         if self.pool is None:
@@ -1420,14 +1539,53 @@ class LatentReader(OpenRows):
         else:
             shares = [range(k, count, self.threads) for k in range(self.threads)]
             list(self.pool.map(partial(self.fetch, rows, out), shares))
+        return out
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #848cdba8
+class LatentReader(RowReader):
+    "Rows of a latent file as a tensor, checked."
+
+    def __call__(
+        self,
+        rows,  # whole numbers (n,)
+    ) -> torch.Tensor:  # means and standard deviations (n, 2 channels, size, size)
+        """Rows in the order asked for.
+
+        Raises IndexError for one that the file does not have, and InputError for what
+        cannot be read, or is no mean and standard deviation."""
+        rows = np.asarray(rows)
+        last = len(self.file.labels) - 1
+        if len(rows) and (rows.min() < 0 or rows.max() > last):
+            asked = f"rows {rows.min()} to {rows.max()} were asked for"
+            message = f"{asked}, but there are 0 to {last}"
+            raise IndexError(message)
+        try:
+            self.ready()
+            out = self.fetch_all(rows)
+        except (OSError, RuntimeError, KeyError, TypeError) as error:
+            raise damaged_hdf5(self.file.path, error) from None
+        check_values(self.file.path, out)
         return torch.from_numpy(out)
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #3506c234
 def classes_of(file: LatentFile) -> tuple[str, ...]:
     "The names of the classes: numbers, if the file has no names."
-    given = json.loads(file.attributes.get("classes", "null"))
+    given = file.attributes.get("classes", [])
+    if isinstance(given, str):
+        given = json.loads(given)
     return tuple(given or map(str, range(int(file.labels.max()) + 1)))
+
+
+def looked_into(file: LatentFile) -> LatentFile:
+    "The file, of which a few rows are read. Raises InputError if they are no latents."
+    reader = LatentReader(file, threads=1)
+    last = len(file.labels) - 1
+    reader(np.unique(np.linspace(0, last, 4).astype(int)))
+    if reader.rows:
+        reader.rows.close()
+    return file
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #9004c40b
@@ -1447,7 +1605,7 @@ class Latents:
         check_least("A data set of latents", {"threads": (threads, 1)})
         below = data_root() / path
         here = Path(path).exists() or Path(path).is_absolute()
-        self.file = open_latents(path if here else below)
+        self.file = looked_into(open_latents(path if here else below))
         self.labels = self.file.labels
         self.size = self.file.size
         self.channels = self.file.channels

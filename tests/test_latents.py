@@ -831,3 +831,111 @@ def test_names_that_are_no_text(tmp_path):
     data = Latents(str(tmp_path / "out"))
     assert len(data) == 1
     assert data.names == (folder.name,)
+
+
+# --------------------------------------------------------------- files of other people
+def foreign(path, latents_, attributes=(), **options):
+    "A latent file as other programs write it."
+    with h5py.File(path, "w") as file:
+        file.create_dataset("latents", data=latents_, **options)
+        file["labels"] = np.arange(len(latents_))
+        file["amount"] = len(latents_)
+        file["latent_size"] = latents_.shape[2]
+        file.attrs.update(attributes)
+    return str(path)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6, 16])
+def test_latents_without_deviations_are_not_taken_for_others(tmp_path, channels):
+    shape = (5, channels, 8, 8)
+    path = foreign(tmp_path / "a.hdf5", np.ones(shape, np.float32))
+    words = complaint(Latents, path)
+    assert f"means alone of {channels}" in words
+    path = foreign(tmp_path / "b.hdf5", np.ones(shape, "f4"), {"channels": channels})
+    assert f"says channels = {channels}" in complaint(Latents, path)
+    half = channels // 2
+    path = foreign(tmp_path / "c.hdf5", np.ones(shape, "f4"), {"channels": half})
+    assert Latents(path).channels == half
+    own = new_latent_file(tmp_path / "d.hdf5", np.arange(5), 8, half)
+    assert Latents(str(own)).channels == half
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip", "chunks": (1, 8, 8, 8)}])
+@pytest.mark.parametrize("wrong", [-0.1, np.nan, np.inf])
+def test_deviations_that_are_none_are_refused(tmp_path, how, wrong):
+    "At once if the first row has them, else when the row is read."
+    values = np.ones((9, 8, 8, 8), np.float32)
+    values[:, :4] = -1  # means may be negative
+    assert len(Latents(foreign(tmp_path / "a.hdf5", values, **how))) == 9
+    late = values.copy()
+    late[4, 7, 7, 7] = wrong
+    data = Latents(foreign(tmp_path / "b.hdf5", late, **how))
+    assert data[3][0].shape == (4, 8, 8)
+    assert "standard deviation" in complaint(data.__getitem__, 4)
+    values[0, 4, 0, 0] = wrong
+    path = foreign(tmp_path / "c.hdf5", values, **how)
+    assert "standard deviation" in complaint(Latents, path)
+
+
+BAD_ATTRIBUTES = [
+    {"classes": 1000},
+    {"classes": "imagenet"},
+    {"classes": '{"cat": 1}'},
+    {"classes": "[1, 2]"},
+    {"scale": np.full(4, 0.18)},
+    {"scale": "0.18"},
+    {"scale": 0.0},
+    {"scale": np.nan},
+    {"scale": True},
+    {"autoencoder": 3},
+]
+
+
+@pytest.mark.parametrize("attributes", BAD_ATTRIBUTES, ids=str)
+def test_attributes_of_another_kind_are_refused(tmp_path, attributes):
+    path = foreign(tmp_path / "a.hdf5", np.ones((3, 8, 8, 8), "f4"), attributes)
+    words = complaint(Latents, path)
+    assert f"attribute {next(iter(attributes))} = " in words
+    assert "del file.attrs" in words
+
+
+def test_attributes_that_are_not_ours_do_no_harm(tmp_path):
+    "Statistics, empty ones, objects; and names of classes as an array of text."
+    kind = h5py.string_dtype()
+    attributes = {"mean": np.zeros(4), "std": np.ones((2, 2)), "note": h5py.Empty("f")}
+    attributes |= {"made": b"\xff by us", "complex": 1j, "scale": np.float32(0.5)}
+    attributes["classes"] = np.array(["cat", "dog", "cow"], dtype=kind)
+    path = foreign(tmp_path / "a.hdf5", np.ones((3, 8, 8, 8), "f4"), attributes)
+    data = Latents(path)
+    assert data.names == ("cat", "dog", "cow")
+    assert data.scale == 0.5
+
+
+def test_vast_files_are_refused_before_they_are_read(tmp_path):
+    "Chunks that were never written, labels of many classes: in little memory."
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        shape = (10**9, 8, 8, 8)
+        file.create_dataset("latents", shape, "f4", chunks=(1, 8, 8, 8))
+        file.create_dataset("labels", shape[:1], "i8", chunks=(1000,))
+        file["amount"] = 10**9
+        file["latent_size"] = 8
+    path = foreign(tmp_path / "b.hdf5", np.ones((3, 8, 8, 8), "f4"))
+    with h5py.File(path, "a") as file:
+        file["labels"][1] = 2**62
+
+    def check():
+        assert "but the file holds" in complaint(Latents, str(tmp_path / "a.hdf5"))
+        assert "labels from 0 to 4611686018427387904" in complaint(Latents, path)
+
+    assert within(check, 2**28) == ""
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip", "chunks": (1, 8, 2, 2)}])
+def test_damaged_latent_files_are_read_or_refused(tmp_path, how):
+    path = Path(foreign(tmp_path / "a.hdf5", np.ones((3, 8, 2, 2), "f4"), **how))
+
+    def read(path):
+        data = Latents(str(path))
+        return [data[k] for k in range(len(data))]
+
+    assert within(lambda: damaged_often(read, path, 200)) == ""
