@@ -292,33 +292,6 @@ def colours(x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W)
     return x
 
 
-# %% ../nbs/2_images/03_metrics.ipynb #08dccdf4
-def read_arrays(
-    path: str | Path,
-    *names: str,  # of the arrays to be read; all of them if none are given
-) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file, by name.
-
-    Raises InputError if it is missing, no .npz, damaged, lacks a name, or declares
-    more numbers than it holds."""
-    path = Path(path)
-    check_zip(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            check_names(path, file.files, names)
-            wanted = names or file.files
-            check_amount(path, file.zip, wanted)
-            return {name: file[name] for name in wanted}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way
-        message = (
-            f"{path} is damaged or holds objects instead of numbers ({error}). "
-            "Write or copy it again."
-        )
-        raise InputError(message) from None
-
-
 # %% ../nbs/2_images/03_metrics.ipynb #8dd2352b
 def check_zip(path: Path) -> None:
     "Raises InputError for what cannot be an .npz file."
@@ -400,6 +373,33 @@ def check_packing(path: Path, total: int) -> None:
             "should be, write it again without compression: np.savez."
         )
         raise InputError(message)
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #08dccdf4
+def read_arrays(
+    path: str | Path,
+    *names: str,  # of the arrays to be read; all of them if none are given
+) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file, by name.
+
+    Raises InputError if it is missing, no .npz, damaged, lacks a name, or declares
+    more numbers than it holds."""
+    path = Path(path)
+    check_zip(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            check_names(path, file.files, names)
+            wanted = names or file.files
+            check_amount(path, file.zip, wanted)
+            return {name: file[name] for name in wanted}
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        message = (
+            f"{path} is damaged or holds objects instead of numbers ({error}). "
+            "Write or copy it again."
+        )
+        raise InputError(message) from None
 
 
 # %% ../nbs/2_images/03_metrics.ipynb #0f30b894

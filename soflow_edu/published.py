@@ -402,13 +402,30 @@ def read_published(
 
 
 # %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7
+def check_plain(path: Path):
+    "Raises InputError for a zip file that would be larger in memory than it is."
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(info.file_size for info in archive.infolist())
+    held = path.stat().st_size
+    if declared > held:
+        message = (
+            f"{path} declares {declared:,} bytes, but holds {held:,}: torch packs "
+            "nothing, so it is damaged or of another kind. Copy it again."
+        )
+        raise InputError(message)
+
+
 def load_tensors(path: Path) -> Any:
     """What a torch file holds, tensors on the CPU.
 
     Raises InputError if it is cut, no torch file, or holds other objects."""
     is_zip = zipfile.is_zipfile(path)
     try:
+        if is_zip:
+            check_plain(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
+        raise
     except Exception as error:  # a reader of pickles can stumble in any way
         kind = type(error).__name__
         message = f"{path} is cut or no torch file ({kind}). Copy it again."
@@ -845,7 +862,7 @@ def open_numbers(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file.
 
     Raises InputError if it is missing, cut, or of another format."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         found = "a folder" if path.is_dir() else "missing"
@@ -856,7 +873,7 @@ def open_numbers(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             names: list[str] = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
             return tensors, file.metadata() or {}
-    except SafetensorError as error:
+    except Exception as error:  # damage that the library has no word for, too
         message = f"{path} is cut or no safetensors file ({error}). Copy it again."
         raise InputError(message) from None
 
@@ -865,7 +882,7 @@ def meta_of(header: dict[str, str], path: Path) -> dict[str, Any]:
     "The settings in a header. Raises InputError if there are none."
     try:
         meta = json.loads(header["meta"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         message = (
             f"{path} holds tensors, but its header has no 'meta' that says which "
             "settings they belong to, so it is no file of numbers to compare with."
