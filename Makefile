@@ -1,4 +1,4 @@
-# make demo | test | test-all | docs | browser | lab | notebooks | export | readme.
+# make demo | test | test-all | lowest | docs | browser | lab | notebooks | export | readme.
 # Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,9 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo check test test-all docs browser lab notebooks export readme clean
+LOWEST := .venv-lowest
+
+.PHONY: demo check test test-all lowest docs browser lab notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
@@ -38,6 +40,14 @@ test: check
 # Everything.
 test-all: check
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The lowest versions that settings.ini allows, in an environment of their own, and the
+# tests of the package in it. Torch is that of constraints.txt.
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q --no-compile --constraint $(LOWEST)/lowest.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[latents]' pytest
+	PATH=$(CURDIR)/$(LOWEST)/bin:$$PATH $(LOWEST)/bin/python -m pytest -m "not slow" -p no:cacheprovider $$($(PYTHON) tests/lowest.py --tests)
 
 # The site, in docs/_build/site: all chapters as they were executed, with warnings as
 # errors. Needs Node.js with npm for the scripts that it carries.
@@ -83,4 +93,4 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv-lowest docs/_build build dist *.egg-info .pytest_cache .ruff_cache

@@ -20,13 +20,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any
 
 # %% ../nbs/2_images/04_cifar10.ipynb #5ea04511
 import numpy as np
@@ -45,6 +46,7 @@ from .training import Run, load_run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 # %% ../nbs/2_images/04_cifar10.ipynb #3433254f
 SIZE = 32  # pixels along an edge
@@ -329,26 +331,169 @@ def named(img: object) -> str:
 def listed(words: list[str]) -> str:
     "The first three of the words, and whether there are more."
     more = "; ..." if len(words) > 3 else ""
-    return "; ".join(words[:3]) + more
+    return printable("; ".join(words[:3]) + more)
+
+
+def printable(words: str) -> str:
+    "The words, with a code for what no text can hold, as names of files can be."
+    return words.encode("utf-8", "backslashreplace").decode()
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #9ad699e9
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "AVIF",
+    "HEIF",
+)  # by Pillow's names
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    "Those of FORMATS that the installed Pillow reads."
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #a327c8c0
+MOST_PIXELS = 89_478_485  # of a picture: Pillow warns from there on
+MANY_PIXELS = 2**24  # of which only one picture is decoded at a time
+_one_at_a_time = Lock()
+
+
+def open_picture(
+    file: str | Path | IO[bytes],
+) -> "Picture":  # whose pixels are still to be decoded
+    """A picture of a file.
+
+    Raises ValueError if it is none or too large, or whatever a damaged file makes
+    the decoder raise."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(file, formats=readable_formats())
+    except UnidentifiedImageError:
+        raise ValueError("is no file of a picture") from None
+    if picture.width * picture.height > MOST_PIXELS:
+        message = (
+            f"has {picture.width:,} x {picture.height:,} pixels, more than "
+            f"{MOST_PIXELS:,}: make it smaller first"
+        )
+        raise ValueError(message)
+    return picture
+
+
+def room_for(picture: "Picture") -> AbstractContextManager:
+    "What a picture waits for before it is decoded."
+    is_large = picture.width * picture.height > MANY_PIXELS
+    return _one_at_a_time if is_large else nullcontext()
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #70d09528
+def depth_of(picture: "Picture") -> int:
+    "The bits of a grey value of more than eight."
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF file
+    bits = tags.get(258, 16)
+    return bits[0] if isinstance(bits, tuple) else bits
+
+
+def in_eight_bits(picture: "Picture") -> "Picture":  # in grey
+    """A grey picture of 12 or 16 bits in eight.
+
+    Raises ValueError for numbers whose scale is not known."""
+    from PIL import Image
+
+    named = picture.mode.startswith("I;16")
+    if not named and not (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        message = (
+            f"has pixels of the kind {picture.mode}, whose scale is not known: "
+            "convert it to 8 or 16 bits"
+        )
+        raise ValueError(message)
+    values = np.asarray(picture).astype(np.float32)
+    levels = values * (255 / (2 ** depth_of(picture) - 1))
+    if getattr(picture, "tag_v2", {}).get(262) == 0:  # white is zero
+        levels = 255 - levels
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        levels[values == clear] = 255
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #febac1c9
+def in_colour(picture: "Picture") -> "Picture":  # red, green, blue, of eight bits
+    "A decoded picture on white. Raises ValueError if it has no colours on a screen."
+    from PIL import Image
+
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = in_eight_bits(picture)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        picture = Image.alpha_composite(white, layer)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #4384584a
+ORIENTATION = 0x0112  # the tag of EXIF
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def turn_of(picture: "Picture") -> str:
+    "How a picture must be turned to stand upright; empty if it stands so."
+    try:
+        return TURNS.get(picture.getexif().get(ORIENTATION) or 1, "")
+    except Exception:  # the note is damaged, the pixels need not be
+        return ""
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #e8619d65
+def as_seen(picture: "Picture") -> "Picture":  # red, green, blue, of eight bits
+    """A picture as a viewer shows it: decoded, upright, on white.
+
+    Raises ValueError for pixels without a scale, or whatever a damaged file makes the
+    decoder raise."""
+    from PIL import Image
+
+    picture.load()
+    turn = turn_of(picture)
+    colours = in_colour(picture)
+    return colours.transpose(Image.Transpose[turn]) if turn else colours
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #715fdf63
 def decode(
     img: object,  # {"bytes": ..., "path": ...}
 ) -> np.ndarray:  # uint8 (height, width, channels), or (height, width) for grey
-    """The pixels of one entry of the column img.
+    """The pixels of one entry of the column img; zeros if it is of another shape.
 
     Raises whatever a damaged file makes the decoder raise."""
-    from PIL import Image, UnidentifiedImageError
-
     if not isinstance(img, dict) or not isinstance(img.get("bytes"), bytes):
         raise ValueError("holds no bytes of an image file")
-    try:
-        opened = Image.open(io.BytesIO(img["bytes"]))
-    except UnidentifiedImageError:
-        raise ValueError("is no file of a picture") from None
-    with opened as picture:
-        return np.asarray(picture)
+    with open_picture(io.BytesIO(img["bytes"])) as picture:
+        channels = len(picture.getbands())
+        if picture.size == (SIZE, SIZE) and channels == 3:
+            return np.asarray(as_seen(picture))
+        shape = (picture.height, picture.width, channels)
+        return np.broadcast_to(np.uint8(0), shape[:2] if channels == 1 else shape)
 
 
 def decode_rows(
@@ -1062,6 +1207,16 @@ def weights_file(
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #4837640c
+def is_card(card: object) -> bool:
+    "Whether something read from a file has what a card must have."
+    if not isinstance(card, dict) or card.get("format") != CARD:
+        return False
+    model = card.get("model")
+    parts = ("network", "path", "coefficients")
+    named = isinstance(model, dict) and all(part in model for part in parts)
+    return named and isinstance(card.get("sha256"), str)
+
+
 def read_card(
     name: str | Path,  # such as "cifar10-soflow", or the path of a .safetensors file
 ) -> dict[str, Any]:
@@ -1069,10 +1224,10 @@ def read_card(
     path = weights_file(name).with_suffix(".json")
     try:
         card = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         message = f"{path.name} is damaged ({error}). Get it again."
         raise InputError(message) from None
-    if not isinstance(card, dict) or card.get("format") != CARD:
+    if not is_card(card):
         message = f"{path.name} is no card that export_weights wrote. Get it again."
         raise InputError(message)
     return card
@@ -1084,7 +1239,7 @@ def check_content(path: Path, content: bytes, card: dict[str, Any]):
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
         message = (
             f"{path.name} has {len(content):,} bytes and is not the file whose "
-            f"checksum its card holds ({card['bytes']:,} bytes). Get both again."
+            f"checksum its card holds ({card.get('bytes')} bytes). Get both again."
         )
         raise InputError(message)
 
@@ -1102,6 +1257,55 @@ def fill_parameters(path: Path, model: SolutionModel, vector: torch.Tensor):
     nn.utils.vector_to_parameters(vector.float(), parameters)
 
 
+def parameters_in(content: bytes, path: Path) -> torch.Tensor:  # (N,)
+    "The one tensor of a file of weights. Raises InputError if it holds none."
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)["parameters"].flatten()
+    except (SafetensorError, KeyError, ValueError) as error:
+        message = f"{path.name} is no file of weights ({error}). Get it again."
+        raise InputError(message) from None
+
+
+# %% ../nbs/2_images/04_cifar10.ipynb #7bbc86c6
+@contextmanager
+def at_most(numbers: int, path: Path) -> Iterator[None]:
+    "Raises InputError while a network of very many more parameters is being built."
+    hook = nn.modules.module.register_module_parameter_registration_hook
+    counts = [0]
+
+    def count(module, name, parameter):
+        counts.append(counts.pop() + parameter.numel())
+        if counts[0] > 2 * numbers:
+            message = (
+                f"{path.name} holds {numbers:,} parameters, but its card describes a "
+                f"network of {counts[0]:,} or more. Get both again."
+            )
+            raise InputError(message)
+
+    handle = hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def network_of(card: dict[str, Any], path: Path) -> nn.Module:
+    "The network that a card describes. Raises InputError if it cannot be built."
+    try:
+        return build("network", card["model"]["network"])
+    except InputError:
+        raise
+    except Exception as error:  # options without sense can fail in any way
+        message = (
+            f"The card of {path.name} describes a network that cannot be built "
+            f"({type(error).__name__}: {error}). Get both again."
+        )
+        raise InputError(message) from None
+
+
 # %% ../nbs/2_images/04_cifar10.ipynb #68f9676f
 def load_weights(
     name: str | Path,  # such as "cifar10-soflow", or the path of a .safetensors file
@@ -1109,14 +1313,14 @@ def load_weights(
     """The model of named weights, in float32 and evaluation mode.
 
     Raises InputError if they are missing, or not those of their card."""
-    from safetensors.torch import load
-
     path = weights_file(name)
     card = read_card(name)
     content = path.read_bytes()
     check_content(path, content, card)
+    vector = parameters_in(content, path)
+    with at_most(vector.numel(), path), torch.device("meta"):
+        network_of(card, path)
     spec = card["model"]
-    network = build("network", spec["network"])
-    model = SolutionModel(network, spec["path"], spec["coefficients"])
-    fill_parameters(path, model, load(content).get("parameters", torch.empty(0)))
+    model = SolutionModel(network_of(card, path), spec["path"], spec["coefficients"])
+    fill_parameters(path, model, vector)
     return model.eval().requires_grad_(False)

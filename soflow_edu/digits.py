@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 # %% ../nbs/2_images/01_digits.ipynb #e5fffd76
+WHITISH = 0.5  # pictures without a darker pixel are white all over, whatever the scale
+
+
 def check_range(
     low: float,  # the smallest grey value
     high: float,  # the largest
@@ -48,7 +50,7 @@ def check_range(
             "if they are data, remove or repair them."
         )
         raise InputError(message)
-    too_bright = dark and low >= 0
+    too_bright = dark and 0 <= low < WHITISH
     if low < -1 or high > 1 or too_bright:
         message = (
             f"The {which} range from {low:.3g} to {high:.3g}, "

@@ -19,12 +19,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def scenes_folder(
     if root.is_dir():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    new = root.with_name(f".{root.name}-{uuid4().hex}")
     for seed, (part, count) in enumerate(each.items()):
         draw_part(new / part, count, seed)
     try:
@@ -110,7 +110,11 @@ def class_words(
     if not table.is_file():
         return tuple(folders)
     rows = csv.DictReader(read_text(table).splitlines())
-    words = {row.get("wnid"): row.get("name") for row in rows}
+    try:
+        words = {row.get("wnid"): row.get("name") for row in rows}
+    except csv.Error as error:
+        message = f"{table} is no table of names ({error}). Mend or remove it."
+        raise InputError(message) from None
     missing = [name for name in folders if not words.get(name)]
     if missing:
         message = (
@@ -131,7 +135,7 @@ def place_of_latents(
         info = (folder.root / file).stat()
         known.append((file, info.st_size, info.st_mtime_ns))
     root = str(folder.root.parent.resolve())
-    about = repr((root, str(autoencoder), known))
+    about = repr((root, str(autoencoder), known, "upright"))
     digest = hashlib.sha256(about.encode()).hexdigest()[:12]
     return cache_root() / "latents" / f"{name}-{size}{'-flip' * flip}-{digest}"
 
@@ -148,7 +152,7 @@ def read_all(
         try:
             pictures.append(read_picture(folder.root / file, size))
         except Exception as error:  # a damaged file can fail in any way
-            bad.append(f"{file} ({error})")
+            bad.append(f"{file} ({error.__cause__ or error})")
     if bad:
         message = (
             f"{len(bad)} pictures in {folder.root} cannot be read: {listed(bad)}. "

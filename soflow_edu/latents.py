@@ -17,14 +17,16 @@ __all__ = [
 # %% ../nbs/3_imagenet/02_latents.ipynb #19343432
 import csv
 import json
+import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .cifar10 import listed
+from .cifar10 import (
+    as_seen,
+    listed,
+    open_picture,
+    printable,
+    readable_formats,
+    room_for,
+)
 from .config import choose_device, data_root, read_text, replacing
 from .core import InputError, build, check_least, names, register, unknown
 from .training import agree, join_processes, processes
@@ -56,24 +65,91 @@ class ImageFolder:
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #cd14f97f
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # in small or capitals
+FOREIGN = (
+    "@eadir",
+    "@tmp",
+    "@__thumb",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "__macosx",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+)  # names that file servers, archivers and desktops leave, in small letters
 
 
-def is_hidden(path: Path, root: Path) -> bool:
-    "Whether a name on the way from the root to the path begins with a dot."
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def is_shown(name: str) -> bool:
+    "Whether a file or folder is neither hidden nor left behind by a program."
+    return not name.startswith(".") and name.casefold() not in FOREIGN
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3de665a4
+def refuse_folder(error: OSError):
+    "Raises InputError for a folder that cannot be read."
+    message = (
+        f"The folder {error.filename} cannot be read ({error.strerror}). "
+        "Allow it, or remove the folder."
+    )
+    raise InputError(message)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    "All shown files below a folder, also behind links. Raises InputError."
+    above = Path(os.path.realpath(folder)).parents
+    seen = {str(parent) for parent in above}
+    for place, folders, here in os.walk(
+        folder, onerror=refuse_folder, followlinks=True
+    ):
+        folders[:] = sorted(filter(is_shown, folders))
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in filter(is_shown, here))
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #0ecd8571
+@cache
+def endings() -> tuple[str, ...]:
+    "The endings of the pictures that can be read, in small letters."
+    from PIL import Image
+
+    kinds = readable_formats()
+    known = Image.registered_extensions()
+    return tuple(ending for ending, kind in known.items() if kind in kinds)
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS and path.is_file()
+    return path.suffix.lower() in endings() and path.is_file()
 
 
-def pictures_below(folder: Path, root: Path) -> list[str]:
+def kind_of_file(path: Path) -> str:
+    "What a file that is left out is, in a word or two."
+    if path.suffix.lower() in endings():
+        return "broken link" if path.is_symlink() else "of no content"
+    return printable(path.suffix.lower()) or "without ending"
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #ba481c1c
+def pictures_below(
+    folder: Path,
+    root: Path,
+    others: Counter[str] | None = None,  # where files of other kinds are counted
+) -> list[str]:
     "Sorted paths, relative to the root, of the pictures below a folder."
-    shown = [path for path in folder.rglob("*") if not is_hidden(path, root)]
-    return sorted(
-        path.relative_to(root).as_posix() for path in filter(is_picture, shown)
-    )
+    found = []
+    for path in files_below(folder):
+        if is_picture(path):
+            found.append(path.relative_to(root).as_posix())
+        elif others is not None:
+            others[kind_of_file(path)] += 1
+    return sorted(found)
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #c09db002
@@ -87,7 +163,7 @@ def class_folders(root: Path) -> list[str]:
         )
         raise InputError(message)
     folders = [path for path in root.iterdir() if path.is_dir()]
-    found = sorted(path.name for path in folders if not is_hidden(path, root))
+    found = sorted(path.name for path in folders if is_shown(path.name))
     if not found:
         message = (
             f"{root} holds no folders, but one for each class was expected, such as "
@@ -105,7 +181,7 @@ def check_classes(root: Path, found: dict[str, list]):  # class -> its pictures
     if empty:
         message = (
             f"{len(empty)} of {len(found)} classes in {root} hold no pictures "
-            f"({', '.join(ENDINGS)}): {listed(empty)}. "
+            f"({', '.join(endings())}): {listed(empty)}. "
             "Remove these folders, or give another one."
         )
         raise InputError(message)
@@ -118,24 +194,59 @@ def check_classes(root: Path, found: dict[str, list]):  # class -> its pictures
         raise InputError(message)
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #447344be
+@cache
+def tell_once(words: str):
+    "Says something once; of several processes the first one does."
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(words)
+
+
+def tell_left_out(root: str, others: Counter[str], beside: int):
+    "Says how many files of which kinds are no pictures, or have no class."
+    counts = [f"{count} {kind}" for kind, count in others.most_common()]
+    if beside:
+        counts.append(f"{beside} beside the folders of classes")
+    if counts:
+        tell_once(printable(f"{root}: left out {', '.join(counts)}."))
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #f75ad71d
 def image_folder(
     root: str | Path,  # folder with one folder for each class
 ) -> ImageFolder:
-    """The pictures below a folder; names that begin with a dot do not count.
+    """The pictures below a folder; it says how many other files are left out.
 
-    Raises InputError if there are none, none in a class, or only in folders further
-    down."""
+    Names that begin with a dot do not count, nor what file servers leave behind.
+    Raises InputError if there are no pictures, none in a class, or only in folders
+    further down."""
     root = Path(root)
     classes = class_folders(root)
-    found = {name: pictures_below(root / name, root) for name in classes}
+    others: Counter[str] = Counter()
+    found = {name: pictures_below(root / name, root, others) for name in classes}
     check_classes(root, found)
     files = []
     labels = []
     for label, name in enumerate(classes):
         files += found[name]
         labels += [label] * len(found[name])
+    beside = sum(is_picture(path) for path in root.iterdir() if is_shown(path.name))
+    tell_left_out(str(root), others, beside)
     return ImageFolder(root, classes, files, labels)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #90a9aece
+LONGEST = 32  # edges of a picture are at most in this ratio, or its ends are cut off
+
+
+def without_ends(picture: "Picture") -> "Picture":
+    "The middle of a strip: enlarged until its short edge fits it could be immense."
+    most = LONGEST * min(picture.size)
+    left = max(picture.width - most, 0) // 2
+    top = max(picture.height - most, 0) // 2
+    if not left and not top:
+        return picture
+    return picture.crop((left, top, picture.width - left, picture.height - top))
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #15988e72
@@ -146,6 +257,7 @@ def centre_crop(
     "The middle of a picture, as a square, cut as in ADM (Dhariwal and Nichol, 2021)."
     from PIL import Image
 
+    picture = without_ends(picture)
     while min(picture.size) >= 2 * size:
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
@@ -159,18 +271,30 @@ def centre_crop(
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #e26a0aee
+def square_of(path: str | Path, size: int) -> torch.Tensor:  # (3, size, size)
+    "What `read_picture` reads. Raises whatever a damaged file makes the decoder raise."
+    with open_picture(path) as picture, room_for(picture):
+        square = centre_crop(as_seen(picture), size)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+
 def read_picture(
     path: str | Path,
     size: int,  # pixels along an edge
 ) -> torch.Tensor:  # (3, size, size) in [-1, 1]
-    """A picture from a file, cut by `centre_crop`.
+    """A picture from a file, upright and on white, cut by `centre_crop`.
 
-    Raises whatever a damaged file makes the decoder raise."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        square = centre_crop(picture.convert("RGB"), size)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    Raises InputError if it cannot be read."""
+    try:
+        return square_of(path, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        message = (
+            f"{path} cannot be read as a picture ({error}). "
+            "Copy it again, or remove it."
+        )
+        raise InputError(message) from error
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #c9e24b90
@@ -460,6 +584,15 @@ def take_room(file: Path, name):
             raise InputError(message) from None
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #40abfdb1
+USUAL_CHANNELS = (4, 16)  # of the autoencoders that are in use
+
+
+def about_channels(channels: int) -> dict[str, int]:
+    "What a file must say if the number of its channels is not a usual one."
+    return {} if channels in USUAL_CHANNELS else {"channels": channels}
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #83f43d21
 def new_latent_file(
     path: str | Path,
@@ -482,7 +615,7 @@ def new_latent_file(
             file["labels"] = np.asarray(labels, np.int64)
             file["amount"] = len(labels)
             file["latent_size"] = latent_size
-            file.attrs.update(attributes or {})
+            file.attrs.update(about_channels(channels) | (attributes or {}))
         take_room(temporary, path)
     return Path(path)
 
@@ -595,7 +728,7 @@ class Plan:
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #10e3fc50
-def is_fault_of_picture(error: Exception, root: Path) -> bool:
+def is_fault_of_picture(error: BaseException, root: Path) -> bool:
     "Whether a picture is damaged, or gone from a folder that is there."
     if isinstance(error, MemoryError):
         return False
@@ -614,10 +747,11 @@ def read_row(
     root = Path(plan.root)
     try:
         x = read_picture(root / plan.file_of(row), plan.size)
-    except Exception as error:  # a damaged file can fail in any way
-        if not is_fault_of_picture(error, root):
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not is_fault_of_picture(cause, root):
             raise
-        return str(error) or type(error).__name__
+        return printable(str(cause)) or type(cause).__name__
     return x.flip(2) if row >= len(plan.files) else x
 
 
@@ -821,42 +955,146 @@ def check_layout(path: Path, parts: dict):
     raise InputError(message)
 
 
-# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
-def opened_hdf5(path: Path):
-    "An HDF5 file, to be read. Raises InputError if it cannot be."
-    try:
-        return hdf5().File(path, "r")
-    except OSError as error:
+# %% ../nbs/3_imagenet/02_latents.ipynb #e816f5aa
+def check_channels(path: Path, count: int, attributes: dict):
+    "Raises InputError if it is not clear that half of the channels are deviations."
+    half = count // 2
+    said = attributes.get("channels", half)
+    known = half in USUAL_CHANNELS or {"channels", "autoencoder"} & attributes.keys()
+    if known and said == half:
+        return
+    says = f", and says channels = {said!r}" if "channels" in attributes else ""
+    message = (
+        f"{path} has latents of {count} channels{says}. They may be means and "
+        f"standard deviations of {half}, or means alone of {count}. Means alone: "
+        f"write zeros behind them, so that there are {2 * count}. Both: say so by an "
+        f"attribute of the file, file.attrs['channels'] = {half}."
+    )
+    raise InputError(message)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #8f1bbcce
+def is_scale(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value < math.inf
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_classes(value: object) -> bool:
+    "Whether something is a list of names, or the JSON text of one."
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+ATTRIBUTES = {
+    "scale": (is_scale, "a positive number"),
+    "classes": (is_classes, "a list of names, or one as JSON text"),
+    "autoencoder": (is_name, "a name"),
+}
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #e9dcb7ab
+def check_attributes(path: Path, attributes: dict):
+    "Raises InputError if an attribute that is used is of another kind."
+    for name, (fits, wanted) in ATTRIBUTES.items():
+        if name in attributes and not fits(attributes[name]):
+            given = repr(attributes[name])
+            message = (
+                f"{path} has the attribute {name} = {given[:60]}, but {wanted} was "
+                f"expected. Correct it, or remove it: del file.attrs[{name!r}]."
+            )
+            raise InputError(message)
+
+
+def plain(value: Any) -> Any:
+    "An attribute of a file without numpy: numbers, text and lists of them."
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return list(map(plain, value)) if isinstance(value, list) else value
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #ba0c8505
+PACKED = 1100  # times smaller, at most, than what it is made of: the limit of zlib
+MOST_CLASSES = 10**6
+
+
+def check_stored(path: Path, part: Any):
+    "Raises InputError for a data set that declares more bytes than a file can hold."
+    held = path.stat().st_size
+    factor = PACKED if getattr(part, "chunks", None) else 1
+    declared = math.prod(part.shape) * part.dtype.itemsize
+    elsewhere = getattr(part, "is_virtual", False) or getattr(part, "external", None)
+    if declared > factor * held and not elsewhere:
         message = (
-            f"{path} cannot be read: it is cut, is being written by another program, "
-            f"or is no HDF5 file ({error}). Copy or make it again."
+            f"{path} is damaged: its {part.name.strip('/')} declare {declared:,} "
+            f"bytes, but the file holds {held:,}. Copy or make it again."
         )
-        raise InputError(message) from None
+        raise InputError(message)
 
 
+def check_classes_of_rows(path: Path, labels: torch.Tensor):
+    "Raises InputError for classes that are not counted from 0, or are too many."
+    low, high = labels.aminmax()
+    if low < 0 or high >= MOST_CLASSES:
+        message = (
+            f"{path} has labels from {low} to {high}, but classes are counted from 0, "
+            f"and at most {MOST_CLASSES:,} of them. Make it again."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #028951ee
+def damaged_hdf5(path: Path, error: Exception) -> InputError:
+    "The error for a file that cannot be read."
+    return InputError(
+        f"{path} cannot be read: it is cut, is being written by another program, "
+        f"or is no HDF5 file ({error}). Copy or make it again."
+    )
+
+
+@contextmanager
+def opened_hdf5(path: Path) -> Iterator[Any]:
+    "An HDF5 file, to be read. Raises InputError for whatever goes wrong with it."
+    h5py = hdf5()
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # the library has many words for damage
+        raise damaged_hdf5(path, error) from None
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #3e83c6ad
 def open_latents(
     path: str | Path,  # of a file, or of the folder that holds it
     growing: bool = False,  # also a file that is still being written
 ) -> LatentFile:
     """What a latent file says about itself.
 
-    Raises InputError if it is missing, cut, still being written, or of another
-    layout."""
+    Raises InputError if it is missing, cut, still being written, of another layout, or
+    does not say what its channels are."""
     path = Path(path) if growing else find_latents(path)
     with opened_hdf5(path) as file:
         parts = {name: file.get(name) for name in LATENT_PARTS}
         check_layout(path, parts)
+        check_stored(path, parts["latents"])
+        check_stored(path, parts["labels"])
         shape = parts["latents"].shape
         labels = torch.from_numpy(parts["labels"][:].astype(np.int64))
-        attributes = {}
-        for name, value in file.attrs.items():
-            attributes[name] = value.item() if hasattr(value, "item") else value
-    if labels.min() < 0:
-        message = (
-            f"{path} has labels from {labels.min()}, but classes are counted from 0. "
-            "Make it again."
-        )
-        raise InputError(message)
+        attributes = {name: plain(value) for name, value in file.attrs.items()}
+    check_classes_of_rows(path, labels)
+    check_channels(path, shape[1], attributes)
+    check_attributes(path, attributes)
     return LatentFile(path, labels, shape, attributes)
 
 
@@ -1263,8 +1501,25 @@ class OpenRows:
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
 
+# %% ../nbs/3_imagenet/02_latents.ipynb #b4477f87
+def check_values(path: Path, rows: np.ndarray):  # (n, 2 channels, size, size)
+    "Raises InputError for what can be no mean and standard deviation."
+    std = rows[:, rows.shape[1] // 2 :]
+    if not np.isfinite(rows).all():
+        fault = "numbers that are not finite (NaN or infinite)"
+    elif (std < 0).any():
+        fault = f"{std.min():.3g} where standard deviations, the second half, stand"
+    else:
+        return
+    message = (
+        f"{path} holds {fault}. If its latents have no standard deviation, write zeros "
+        "behind the means; if it is damaged, make it again."
+    )
+    raise InputError(message)
+
+
 # %% ../nbs/3_imagenet/02_latents.ipynb #1e482d7a
-class LatentReader(OpenRows):
+class RowReader(OpenRows):
     "Rows of a latent file, read by several threads."
 
     def fetch(self, rows: np.ndarray, out: np.ndarray, places: range):
@@ -1275,20 +1530,8 @@ class LatentReader(OpenRows):
             else:
                 out[k] = self.slow[int(rows[k])]
 
-    def __call__(
-        self,
-        rows,  # whole numbers (n,)
-    ) -> torch.Tensor:  # means and standard deviations (n, 2 channels, size, size)
-        """Rows in the order asked for.
-
-        Raises IndexError for one that the file does not have."""
-        rows = np.asarray(rows)
-        last = len(self.file.labels) - 1
-        if len(rows) and (rows.min() < 0 or rows.max() > last):
-            asked = f"rows {rows.min()} to {rows.max()} were asked for"
-            message = f"{asked}, but there are 0 to {last}"
-            raise IndexError(message)
-        self.ready()
+    def fetch_all(self, rows: np.ndarray) -> np.ndarray:
+        "Reads the rows, by several threads if there are any."
         out = np.empty((len(rows), *self.file.shape[1:]), np.float32)
         count = len(rows)
         if self.pool is None:
@@ -1296,14 +1539,53 @@ class LatentReader(OpenRows):
         else:
             shares = [range(k, count, self.threads) for k in range(self.threads)]
             list(self.pool.map(partial(self.fetch, rows, out), shares))
+        return out
+
+
+# %% ../nbs/3_imagenet/02_latents.ipynb #848cdba8
+class LatentReader(RowReader):
+    "Rows of a latent file as a tensor, checked."
+
+    def __call__(
+        self,
+        rows,  # whole numbers (n,)
+    ) -> torch.Tensor:  # means and standard deviations (n, 2 channels, size, size)
+        """Rows in the order asked for.
+
+        Raises IndexError for one that the file does not have, and InputError for what
+        cannot be read, or is no mean and standard deviation."""
+        rows = np.asarray(rows)
+        last = len(self.file.labels) - 1
+        if len(rows) and (rows.min() < 0 or rows.max() > last):
+            asked = f"rows {rows.min()} to {rows.max()} were asked for"
+            message = f"{asked}, but there are 0 to {last}"
+            raise IndexError(message)
+        try:
+            self.ready()
+            out = self.fetch_all(rows)
+        except (OSError, RuntimeError, KeyError, TypeError) as error:
+            raise damaged_hdf5(self.file.path, error) from None
+        check_values(self.file.path, out)
         return torch.from_numpy(out)
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #3506c234
 def classes_of(file: LatentFile) -> tuple[str, ...]:
     "The names of the classes: numbers, if the file has no names."
-    given = json.loads(file.attributes.get("classes", "null"))
+    given = file.attributes.get("classes", [])
+    if isinstance(given, str):
+        given = json.loads(given)
     return tuple(given or map(str, range(int(file.labels.max()) + 1)))
+
+
+def looked_into(file: LatentFile) -> LatentFile:
+    "The file, of which a few rows are read. Raises InputError if they are no latents."
+    reader = LatentReader(file, threads=1)
+    last = len(file.labels) - 1
+    reader(np.unique(np.linspace(0, last, 4).astype(int)))
+    if reader.rows:
+        reader.rows.close()
+    return file
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #9004c40b
@@ -1323,7 +1605,7 @@ class Latents:
         check_least("A data set of latents", {"threads": (threads, 1)})
         below = data_root() / path
         here = Path(path).exists() or Path(path).is_absolute()
-        self.file = open_latents(path if here else below)
+        self.file = looked_into(open_latents(path if here else below))
         self.labels = self.file.labels
         self.size = self.file.size
         self.channels = self.file.channels

@@ -16,11 +16,10 @@ __all__ = [
 # %% ../nbs/2_images/03_metrics.ipynb #874a7978
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import IO, TypeGuard
 
 import numpy as np
 import torch
@@ -87,9 +86,9 @@ def as_uint8(
 ) -> torch.Tensor:  # uint8 (N, H, W, C)
     """Pictures as a file would hold them.
 
-    Raises InputError for a wrong type, shape or range, and for values that are not
-    finite."""
-    return to_levels(check_pictures(x))
+    Raises InputError for a wrong type or shape, for values outside [-1, 1], and for
+    those that are not finite. A batch may be bright all over."""
+    return to_levels(check_pictures(x, whole=False))
 
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
@@ -293,41 +292,6 @@ def colours(x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W)
     return x
 
 
-# %% ../nbs/2_images/03_metrics.ipynb #08dccdf4
-UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-)
-
-
-def read_arrays(
-    path: str | Path,
-    *names: str,  # of the arrays to be read; all of them if none are given
-) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file, by name.
-
-    Raises InputError if it is missing, no .npz, damaged, or lacks a name."""
-    path = Path(path)
-    check_zip(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            check_names(path, file.files, names)
-            return {name: file[name] for name in names or file.files}
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        message = (
-            f"{path} is damaged or holds objects instead of numbers ({error}). "
-            "Write or copy it again."
-        )
-        raise InputError(message) from None
-
-
 # %% ../nbs/2_images/03_metrics.ipynb #8dd2352b
 def check_zip(path: Path) -> None:
     "Raises InputError for what cannot be an .npz file."
@@ -352,6 +316,90 @@ def check_names(path: Path, held: Sequence[str], names: Sequence[str]) -> None:
             f"but lacks {', '.join(sorted(missing))}. Is it the right file?"
         )
         raise InputError(message)
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #7562b9f1
+READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+MOST_TIMES = 50  # by which numbers are packed more tightly, at most
+FEW_BYTES = 2**28  # that are never too many
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #03293ba6
+def declared_bytes(
+    file: IO[bytes],  # an array in the .npy format; its head is read
+) -> int:
+    "The bytes that an array takes, as its head says. Raises ValueError for objects."
+    version = np.lib.format.read_magic(file)
+    if version not in READERS:
+        message = f"its format {version} is not known"
+        raise ValueError(message)
+    shape, _, kind = READERS[version](file)
+    if kind.hasobject:
+        raise ValueError("objects")
+    return math.prod(shape) * kind.itemsize
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #03488a43
+def check_amount(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> None:
+    "Raises InputError if arrays declare more, or less, than a file holds."
+    members = archive.namelist()
+    total = 0
+    for name in names:
+        info = archive.getinfo(name if name in members else f"{name}.npy")
+        total += info.file_size
+        with archive.open(info) as file:
+            declared = declared_bytes(file)
+            held = info.file_size - file.tell()
+        if declared != held:
+            message = (
+                f"{path} is damaged: its array {name} declares {declared:,} bytes, "
+                f"but {held:,} are there. Write or copy it again."
+            )
+            raise InputError(message)
+    check_packing(path, total)
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #5234afcb
+def check_packing(path: Path, total: int) -> None:
+    "Raises InputError for a file that would become very much larger in memory."
+    held = path.stat().st_size
+    if total > max(FEW_BYTES, MOST_TIMES * held):
+        message = (
+            f"{path} declares arrays of {total:,} bytes, but holds only {held:,}. "
+            f"More than {MOST_TIMES} times as much is not unpacked. If that is what it "
+            "should be, write it again without compression: np.savez."
+        )
+        raise InputError(message)
+
+
+# %% ../nbs/2_images/03_metrics.ipynb #08dccdf4
+def read_arrays(
+    path: str | Path,
+    *names: str,  # of the arrays to be read; all of them if none are given
+) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file, by name.
+
+    Raises InputError if it is missing, no .npz, damaged, lacks a name, or declares
+    more numbers than it holds."""
+    path = Path(path)
+    check_zip(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            check_names(path, file.files, names)
+            wanted = names or file.files
+            check_amount(path, file.zip, wanted)
+            return {name: file[name] for name in wanted}
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        message = (
+            f"{path} is damaged or holds objects instead of numbers ({error}). "
+            "Write or copy it again."
+        )
+        raise InputError(message) from None
 
 
 # %% ../nbs/2_images/03_metrics.ipynb #0f30b894
@@ -421,11 +469,13 @@ class Inception(nn.Module):
         version = "inception-v3-compat"
         try:
             self.network = FeatureExtractorInceptionV3(version, ["2048"])
-        except OSError as error:
+        except Exception as error:  # the network, the disk, or a file that was cut
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
             message = (
                 f"The weights of Inception could not be fetched or read ({error}). "
-                "Run this once where there is a network, "
-                "or copy them to torch's hub folder, checkpoints/."
+                f"They lie in {folder}. If a file of Inception is there, it was "
+                "cut: remove it. Then run this once where there is a network, "
+                "or copy the file to that place."
             )
             raise InputError(message) from None
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/1_plane/13_objectives.ipynb #2c44fc75
 from .comparing import Comparison, precision_recall, properties, wasserstein
@@ -88,7 +89,8 @@ def derivative_along(
 
     at = (rows.xt, rows.t)
     direction = (v, torch.ones_like(rows.t))
-    passed: Any = torch.func.jvp(map_and_output, at, direction, has_aux=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones know no forward mode
+        passed: Any = torch.func.jvp(map_and_output, at, direction, has_aux=True)
     _, q, F = passed
     return F, q.detach()
 

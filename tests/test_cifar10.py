@@ -19,6 +19,7 @@ import scipy.stats
 import torch
 from PIL import Image
 
+from helpers import complaint, damaged_often, within
 from soflow_edu import cifar10 as chapter
 from soflow_edu.cifar10 import (
     CLASSES,
@@ -1015,3 +1016,70 @@ def test_the_tuning_led_to_the_kept_runs(tuning):
     once = mean_scores(read_card("cifar10-soflow"))[1, "jump"]
     last = tuning["recipes"][-1]["frechet"]["one step"]
     assert once == pytest.approx(last, abs=0.01)
+
+
+# ---------------------------------------------------------------------- damaged files
+def in_a_file(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": f"a.{kind}"}
+
+
+def test_pictures_of_a_table_are_decoded_as_others_are(table):
+    "Turned as their note says, and never by the numbers of another space of colours."
+    pixels = read_table(table)[0][0].numpy()
+    note = Image.Exif()
+    note[0x0112] = 6
+    lying = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+    turned = {"img": [in_a_file(lying, "png", exif=note)], "label": [0]}
+    assert np.array_equal(read_table(turned)[0][0], pixels)
+    strange = Image.fromarray(pixels).convert("YCbCr")
+    spaced = {"img": [in_a_file(strange, "tiff")], "label": [0]}
+    found = read_table(spaced)[0][0].numpy().astype(int)
+    assert abs(found - pixels).max() <= 3
+
+
+def test_a_large_picture_in_a_table_is_not_decoded():
+    vast = in_a_file(Image.new("RGB", (9000, 9000)), "png")
+
+    def check():
+        words = complaint(read_table, {"img": 20 * [vast], "label": 20 * [0]})
+        assert "9000 x 9000 x 3" in words
+
+    assert within(check, 2**28) == ""
+
+
+def test_damaged_entries_of_a_table_are_read_or_refused(tmp_path, table):
+    path = tmp_path / "a.png"
+    path.write_bytes(table["img"][0]["bytes"])
+
+    def read(path):
+        img = {"bytes": path.read_bytes(), "path": "a.png"}
+        return read_table({"img": [img], "label": [3]})
+
+    assert within(lambda: damaged_often(read, path, 200)) == ""
+
+
+def test_damaged_weights_and_cards_are_refused(tmp_path, run):
+    path = export_weights(run[0], tmp_path / "a.safetensors")
+    card = path.with_suffix(".json")
+
+    def check():
+        assert damaged_often(lambda _: load_weights(path), path, 60)["read"] <= 20
+        damaged_often(lambda _: load_weights(path), card, 60)
+
+    assert within(check) == ""
+
+
+@pytest.mark.parametrize("option", ["width", "depth"])
+def test_a_card_that_asks_for_a_vast_network_is_refused(tmp_path, run, option):
+    path = export_weights(run[0], tmp_path / "a.safetensors")
+    card = read_card(path)
+    card["model"]["network"] = {"name": "dit", "size": 8, "classes": 2, "heads": 2}
+    card["model"]["network"][option] = 20_000
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+    def check():
+        assert "describes a network of" in complaint(load_weights, path)
+
+    assert within(check, 2**29) == ""

@@ -8,9 +8,11 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -19,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import complaint, damaged_often, python, within
 from soflow_edu import latents
 from soflow_edu.config import make_config
 from soflow_edu.core import InputError, build
@@ -601,3 +604,338 @@ def test_a_transformer_trains_on_a_latent_file(some, tmp_path):
     x, y = law_of(config.data).sample(1000, torch.Generator().manual_seed(0))
     assert abs(x.mean() - SCALE * rows[:, :4].mean()) < 0.02
     assert set(y.tolist()) == {0, 1, 2, 3}
+
+
+# -------------------------------------------------------------- pictures of all kinds
+def patchwork(width=12, height=8):
+    "Eight patches of different colours: no turn or mirror image looks like it."
+    numbers = np.random.default_rng(3).integers(0, 8, (height // 4, width // 4, 3))
+    pixels = np.kron(36 * numbers, np.ones((4, 4, 1)))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def levels_in(path, size):
+    "The pixels of a square file as `read_picture` reads them, uint8."
+    return ((read_picture(path, size) + 1) * 127.5).round().byte().permute(1, 2, 0)
+
+
+LOSSLESS = [("png", {}), ("tiff", {}), ("webp", {"lossless": True})]
+
+
+@pytest.mark.parametrize("kind, options", LOSSLESS)
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_stand_upright(tmp_path, kind, options, turn):
+    "Written as a camera does that was held in another way, by Pillow's own inverse."
+    picture = patchwork(8, 8)
+    written = Image.new("RGB", (8, 8))
+    back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    names = {2: 0, 3: 3, 4: 1, 5: 5, 7: 6}
+    how = back.get(turn, names.get(turn))
+    written = picture if turn == 1 else picture.transpose(Image.Transpose(how))
+    note = Image.Exif()
+    note[0x0112] = turn
+    path = tmp_path / f"a.{kind}"
+    written.save(path, exif=note, **options)
+    assert np.array_equal(levels_in(path, 8), picture)
+
+
+def test_a_note_that_is_damaged_turns_nothing(tmp_path):
+    path = tmp_path / "a.jpg"
+    patchwork(8, 8).save(path, exif=b"Exif\x00\x00II*\x00" + 20 * b"\xff")
+    plain = tmp_path / "b.jpg"
+    patchwork(8, 8).save(plain)
+    assert torch.equal(levels_in(path, 8), levels_in(plain, 8))
+
+
+def chunk(name, content):
+    "A part of a PNG file."
+    data = name + content
+    return struct.pack(">I", len(content)) + data + struct.pack(">I", zlib.crc32(data))
+
+
+def png(width, height, depth, kind, rows, *others):
+    "A PNG file by its definition."
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), *others, chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def png_of_words(array, kind, *others):
+    "A PNG of 16 bits: (height, width) for kind 0, with channels for 2, 4 and 6."
+    height, width = array.shape[:2]
+    lines = [b"\x00" + line.astype(">u2").tobytes() for line in array]
+    return png(width, height, 16, kind, b"".join(lines), *others)
+
+
+@pytest.mark.parametrize("kind, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_become_eight(tmp_path, kind, channels):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    pixels = np.repeat(ramp[:, :, None], channels, 2)
+    if channels in (2, 4):
+        pixels[:, :, -1] = 65535  # opaque
+    (tmp_path / "a.png").write_bytes(png_of_words(pixels, kind))
+    found = levels_in(tmp_path / "a.png", 8).float()
+    assert (found - torch.tensor(ramp / 257.0)[:, :, None]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_grey_tiff_files_of_sixteen_bits(tmp_path, order, photometric):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    tags = [(256, 8), (257, 8), (258, 16), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, 8), (279, 128)]
+    table = struct.pack(order + "H", len(tags))
+    for tag, value in tags:
+        table += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+    mark = b"II*\x00" if order == "<" else b"MM\x00*"
+    head = mark + struct.pack(order + "I", 136)
+    path = tmp_path / "a.tif"
+    path.write_bytes(head + ramp.astype(order + "u2").tobytes() + table + bytes(4))
+    expected = ramp / 257.0
+    if photometric == 0 and order == "<":
+        expected = 255 - expected
+    if photometric == 0 and order == ">":
+        assert "cannot be read" in complaint(read_picture, path, 8)  # not by Pillow
+        return
+    found = levels_in(path, 8)[:, :, 0].double()
+    assert (found - torch.tensor(expected)).abs().max() <= 0.51
+
+
+def test_numbers_without_a_scale_are_refused(tmp_path):
+    for kind in (np.float32, np.int32):
+        Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / "a.tif")
+        words = complaint(read_picture, tmp_path / "a.tif", 8)
+        assert "convert it to 8 or 16 bits" in words
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    "A red that nobody was meant to see, in every kind of transparency."
+    red = (200, 0, 0)
+    blue = (0, 0, 200)
+    pixels = np.full((8, 8, 4), (*red, 0), np.uint8)
+    pixels[4:] = (*blue, 255)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "rgba.png")
+    picture.save(tmp_path / "rgba.webp", lossless=True)
+    picture.save(tmp_path / "rgba.tiff")
+    picture.convert("RGB").save(tmp_path / "key.png", transparency=red)
+    table = picture.convert("RGB").convert(
+        "P", palette=Image.Palette.ADAPTIVE, colors=2
+    )
+    where = table.getpixel((0, 0))
+    table.save(tmp_path / "table.png", transparency=where)
+    table.save(tmp_path / "table.gif", transparency=where)
+    words = np.zeros((8, 8, 3)) + 257 * np.array(red)
+    words[4:] = 257 * np.array(blue)
+    key = chunk(b"tRNS", struct.pack(">HHH", *(257 * level for level in red)))
+    (tmp_path / "words.png").write_bytes(png_of_words(words, 2, key))
+    for path in sorted(tmp_path.iterdir()):
+        found = levels_in(path, 8)
+        assert (found[:4] == 255).all(), path.name
+        assert (found[4:].float() - torch.tensor(blue)).abs().max() <= 1, path.name
+    grey = np.full((8, 8), 7 * 257)
+    grey[4:] = 100 * 257
+    key = chunk(b"tRNS", struct.pack(">H", 7 * 257))
+    (tmp_path / "grey.png").write_bytes(png_of_words(grey, 0, key))
+    found = levels_in(tmp_path / "grey.png", 8)
+    assert [found[0, 0, 0], found[7, 0, 0]] == [255, 100]
+
+
+def test_strips_and_promises_of_size_take_little_memory(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 65_000).astype(np.uint8)[:, None], (1, 1))
+    Image.fromarray(ramp).save(tmp_path / "strip.png")
+    Image.fromarray(ramp.T.copy()).save(tmp_path / "lying.png")
+    vast = png(100_000, 100_000, 8, 0, b"\x00" * 50)
+    (tmp_path / "vast.png").write_bytes(vast)
+
+    def check():
+        for name in ("strip.png", "lying.png"):
+            x = read_picture(tmp_path / name, 256)
+            assert x.shape == (3, 256, 256)
+            assert x.mean().abs() < 0.02
+        words = complaint(read_picture, tmp_path / "vast.png", 256)
+        assert "100,000 x 100,000" in words or "decompression bomb" in words
+
+    assert within(check, 2**28) == ""
+
+
+KINDS_OF_FILES = ["jpg", "png", "webp", "gif", "bmp", "tif", "jp2", "ppm", "tga"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_damaged_pictures_are_read_or_refused(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    patchwork(24, 16).save(path)
+
+    def check():
+        damaged_often(lambda path: read_picture(path, 8), path, 150)
+
+    assert within(check) == ""
+
+
+def test_what_is_no_picture_of_ours_is_left_out_in_words(tmp_path, capsys):
+    root = tmp_path / "pets"
+    patchwork().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    wanted = ["cat/1.JPG", "cat/2.tif", "cat/3.jfif", "cat/4.webp", "dog/old/5.Bmp"]
+    junk = ["cat/@eaDir/1.JPG", "cat/.thumbnails/1.png", "cat/._1.JPG", "cat/Thumbs.db"]
+    junk += ["__MACOSX/cat/1.jpg", "@eaDir/2.jpg", "#recycle/3.png", "dog/@EADIR/a.png"]
+    others = ["cat/notes.txt", "dog/films.mp4", "dog/b.TXT", "cat/README", "6.png"]
+    for name in wanted + junk + others:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "dog/gone.png").symlink_to(root / "nothing.png")
+    folder = image_folder(root)
+    assert folder.files == wanted
+    assert folder.classes == ["cat", "dog"]
+    words = capsys.readouterr().out
+    for count in ("2 .txt", "1 .mp4", "1 without ending", "1 broken link"):
+        assert count in words
+    assert "1 beside the folders of classes" in words
+    assert words.count(str(root)) == 1
+    image_folder(root)
+    assert capsys.readouterr().out == ""  # said once
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    root = tmp_path / "pets"
+    for name in ("pets/dog/1.png", "far/cats/2.png", "far/cats/old/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        patchwork().save(tmp_path / name)
+    (root / "cat").symlink_to(tmp_path / "far/cats")
+    (root / "dog/more").symlink_to(tmp_path / "far/cats/old")
+    (root / "dog/again").symlink_to(root / "dog")
+    (root / "dog/all").symlink_to(root)
+    (root / "dog/up").symlink_to(tmp_path)
+    folder = image_folder(root)
+    assert folder.files == ["cat/2.png", "cat/old/3.png", "dog/1.png", "dog/more/3.png"]
+    assert folder.labels == [0, 0, 1, 1]
+
+
+def test_names_that_are_no_text(tmp_path):
+    "Latin letters in a place where UTF-8 is expected, in files and folders."
+    root = tmp_path / "images"
+    folder = root / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    patchwork(64, 64).save(folder / "1.png")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    (folder / os.fsdecode(b"2.t\xfft")).write_bytes(b"no picture")
+    options = ("--autoencoder", "blocks", "--size", "64")
+    job = ("-m", "soflow_edu", "encode", root, tmp_path / "out")
+    done = python(*job, *options, PYTHONUTF8="1")
+    assert done.status == 2, done.said
+    assert "Traceback" not in done.said
+    assert r"caf\udce9/\udcff.png" in unwrapped(done.said)
+    done = python(*job, *options, "--skip-broken", PYTHONUTF8="1")
+    assert done.status == 0, done.said
+    data = Latents(str(tmp_path / "out"))
+    assert len(data) == 1
+    assert data.names == (folder.name,)
+
+
+# --------------------------------------------------------------- files of other people
+def foreign(path, latents_, attributes=(), **options):
+    "A latent file as other programs write it."
+    with h5py.File(path, "w") as file:
+        file.create_dataset("latents", data=latents_, **options)
+        file["labels"] = np.arange(len(latents_))
+        file["amount"] = len(latents_)
+        file["latent_size"] = latents_.shape[2]
+        file.attrs.update(attributes)
+    return str(path)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6, 16])
+def test_latents_without_deviations_are_not_taken_for_others(tmp_path, channels):
+    shape = (5, channels, 8, 8)
+    path = foreign(tmp_path / "a.hdf5", np.ones(shape, np.float32))
+    words = complaint(Latents, path)
+    assert f"means alone of {channels}" in words
+    path = foreign(tmp_path / "b.hdf5", np.ones(shape, "f4"), {"channels": channels})
+    assert f"says channels = {channels}" in complaint(Latents, path)
+    half = channels // 2
+    path = foreign(tmp_path / "c.hdf5", np.ones(shape, "f4"), {"channels": half})
+    assert Latents(path).channels == half
+    own = new_latent_file(tmp_path / "d.hdf5", np.arange(5), 8, half)
+    assert Latents(str(own)).channels == half
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip", "chunks": (1, 8, 8, 8)}])
+@pytest.mark.parametrize("wrong", [-0.1, np.nan, np.inf])
+def test_deviations_that_are_none_are_refused(tmp_path, how, wrong):
+    "At once if the first row has them, else when the row is read."
+    values = np.ones((9, 8, 8, 8), np.float32)
+    values[:, :4] = -1  # means may be negative
+    assert len(Latents(foreign(tmp_path / "a.hdf5", values, **how))) == 9
+    late = values.copy()
+    late[4, 7, 7, 7] = wrong
+    data = Latents(foreign(tmp_path / "b.hdf5", late, **how))
+    assert data[3][0].shape == (4, 8, 8)
+    assert "standard deviation" in complaint(data.__getitem__, 4)
+    values[0, 4, 0, 0] = wrong
+    path = foreign(tmp_path / "c.hdf5", values, **how)
+    assert "standard deviation" in complaint(Latents, path)
+
+
+BAD_ATTRIBUTES = [
+    {"classes": 1000},
+    {"classes": "imagenet"},
+    {"classes": '{"cat": 1}'},
+    {"classes": "[1, 2]"},
+    {"scale": np.full(4, 0.18)},
+    {"scale": "0.18"},
+    {"scale": 0.0},
+    {"scale": np.nan},
+    {"scale": True},
+    {"autoencoder": 3},
+]
+
+
+@pytest.mark.parametrize("attributes", BAD_ATTRIBUTES, ids=str)
+def test_attributes_of_another_kind_are_refused(tmp_path, attributes):
+    path = foreign(tmp_path / "a.hdf5", np.ones((3, 8, 8, 8), "f4"), attributes)
+    words = complaint(Latents, path)
+    assert f"attribute {next(iter(attributes))} = " in words
+    assert "del file.attrs" in words
+
+
+def test_attributes_that_are_not_ours_do_no_harm(tmp_path):
+    "Statistics, empty ones, objects; and names of classes as an array of text."
+    kind = h5py.string_dtype()
+    attributes = {"mean": np.zeros(4), "std": np.ones((2, 2)), "note": h5py.Empty("f")}
+    attributes |= {"made": b"\xff by us", "complex": 1j, "scale": np.float32(0.5)}
+    attributes["classes"] = np.array(["cat", "dog", "cow"], dtype=kind)
+    path = foreign(tmp_path / "a.hdf5", np.ones((3, 8, 8, 8), "f4"), attributes)
+    data = Latents(path)
+    assert data.names == ("cat", "dog", "cow")
+    assert data.scale == 0.5
+
+
+def test_vast_files_are_refused_before_they_are_read(tmp_path):
+    "Chunks that were never written, labels of many classes: in little memory."
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        shape = (10**9, 8, 8, 8)
+        file.create_dataset("latents", shape, "f4", chunks=(1, 8, 8, 8))
+        file.create_dataset("labels", shape[:1], "i8", chunks=(1000,))
+        file["amount"] = 10**9
+        file["latent_size"] = 8
+    path = foreign(tmp_path / "b.hdf5", np.ones((3, 8, 8, 8), "f4"))
+    with h5py.File(path, "a") as file:
+        file["labels"][1] = 2**62
+
+    def check():
+        assert "but the file holds" in complaint(Latents, str(tmp_path / "a.hdf5"))
+        assert "labels from 0 to 4611686018427387904" in complaint(Latents, path)
+
+    assert within(check, 2**28) == ""
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip", "chunks": (1, 8, 2, 2)}])
+def test_damaged_latent_files_are_read_or_refused(tmp_path, how):
+    path = Path(foreign(tmp_path / "a.hdf5", np.ones((3, 8, 2, 2), "f4"), **how))
+
+    def read(path):
+        data = Latents(str(path))
+        return [data[k] for k in range(len(data))]
+
+    assert within(lambda: damaged_often(read, path, 200)) == ""

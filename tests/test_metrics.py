@@ -5,8 +5,10 @@ With the real data root where there is one, else on pictures that are made here.
 import importlib.util
 import io
 import os
+import re
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import complaint, damaged_often, within
 from soflow_edu import metrics
 from soflow_edu.comparing import precision_recall
 from soflow_edu.core import InputError, build
@@ -23,6 +26,7 @@ from soflow_edu.metrics import (
     Moments,
     ResNet56,
     as_uint8,
+    batches,
     evaluate_samples,
     extract,
     frechet,
@@ -896,3 +900,75 @@ def test_inception_is_missed_in_words(monkeypatch, broken):
         monkeypatch.setattr(sys, "meta_path", [BrokenFinder(), *sys.meta_path])
     with pytest.raises(InputError, match="pip install soflow_edu\\[inception\\]"):
         evaluate_samples(rendered(4, 1), rendered(4, 2), "inception")
+
+
+# ---------------------------------------------------------------------- damaged files
+def declaring(path, shape, held, **how):
+    "An .npz whose array declares a shape, but holds so many bytes."
+    head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        zipfile.ZipFile(path, "w", **how) as archive,
+        archive.open("arr_0.npy", "w") as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, head)
+        file.write(bytes(held))
+    return path
+
+
+def test_more_than_a_file_holds_is_refused_before_it_is_read(tmp_path):
+    "With both numbers, and without the memory that it asks for."
+    small = declaring(tmp_path / "small.npz", (10**6, 32, 32, 3), 3000)
+    packed = declaring(
+        tmp_path / "packed.npz",
+        (400, 1024, 1024, 1),
+        400 * 2**20,
+        compression=zipfile.ZIP_DEFLATED,
+    )
+    black = tmp_path / "black.npz"
+    np.savez_compressed(black, arr_0=np.zeros((50, 256, 256, 3), np.uint8))
+
+    def check():
+        assert "3,072,000,000 bytes, but 3,000" in complaint(read_npz, small)
+        assert re.search(
+            r"of 419,43\d,\d+ bytes, .* only \d", complaint(read_npz, packed)
+        )
+        assert read_npz(black).max() == 0  # small, though packed very tightly
+
+    assert within(check, 2**28) == ""
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_damaged_npz_files_are_read_or_refused(tmp_path, write):
+    path = tmp_path / "a.npz"
+    write(path, arr_0=rendered(3, 1).numpy(), other=np.arange(9.0))
+
+    def check():
+        assert damaged_often(read_arrays, path, 150)["refused"] > 50
+        assert damaged_often(read_npz, path, 150)["refused"] > 50
+
+    assert within(check) == ""
+
+
+def test_the_brightness_of_a_batch_is_no_reason_to_refuse_it():
+    "The scale is judged over a whole set, and white all over is no other scale."
+    x = torch.rand(9, 1, 8, 8)
+    white = 0.9 + x / 10
+    assert as_uint8(x[:1]).min() >= 127
+    assert as_uint8(white).min() > 240
+    assert torch.cat(list(batches([x[:4] * 2 - 1, x[4:]], 4))).shape == (9, 8, 8, 1)
+    assert torch.cat(list(batches(white, 4))).min() > 240
+    for form in (x, [x[:4], x[4:]]):
+        assert "2 * x - 1" in complaint(list, batches(form, 4))
+
+
+CUT = [OSError("no network"), RuntimeError("failed reading zip archive"), EOFError()]
+
+
+@pytest.mark.parametrize("error", CUT, ids=lambda error: type(error).__name__)
+def test_inception_whose_weights_were_cut(fidelity, monkeypatch, error):
+    def failing(*args):
+        raise error
+
+    fidelity.FeatureExtractorInceptionV3 = failing
+    monkeypatch.setenv("TORCH_HOME", "/hub")
+    assert "/hub/hub/checkpoints" in complaint(Inception)

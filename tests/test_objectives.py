@@ -12,7 +12,9 @@ from soflow_edu import objectives
 from soflow_edu.config import load_config
 from soflow_edu.core import build, find, names
 from soflow_edu.distributions import law_of
+from soflow_edu.flow_matching import Batch, Draws
 from soflow_edu.objectives import (
+    Trajectories,
     as_key,
     bench,
     bench_table,
@@ -22,6 +24,8 @@ from soflow_edu.objectives import (
 )
 from soflow_edu.odes import ExactFlow
 from soflow_edu.paths import LinearPath
+from soflow_edu.soflow import rows_of
+from soflow_edu.solution import SolutionModel
 
 # ------------------------------------------------------------------------ settings
 EVERY_SETTING = []
@@ -175,3 +179,89 @@ def test_a_file_that_holds_no_rows_is_left_as_it_is(tmp_path):
 )
 def test_stages_that_cannot_follow_each_other_are_refused(options, hint):
     assert hint in complaint(build, "objective", {"name": "staged"} | options)
+
+
+# ------------------------------------------------------------- objectives by networks
+SMALL_PICTURES = {"size": 8, "channels": 2, "classes": 3}
+NETWORKS = {
+    "mlp": {"dim": 2, "classes": 3},
+    "conv": SMALL_PICTURES | {"width": 8},
+    "dit": SMALL_PICTURES | {"patch": 2, "width": 16, "depth": 1, "heads": 2},
+    "unet": SMALL_PICTURES
+    | {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8, 4)},
+}
+
+
+class Anything:
+    "Points or pictures with labels."
+
+    def __init__(self, shape):
+        self.shape = shape
+        self.classes = 3
+
+    def sample(self, n, generator):
+        x = torch.randn(n, *self.shape, generator=generator)
+        return x, torch.randint(3, (n,), generator=generator)
+
+
+def small_model(name):
+    "A small network whose output is not zero, and the shape of what it takes."
+    torch.manual_seed(0)
+    network = build("network", {"name": name} | NETWORKS[name])
+    for p in network.parameters():
+        p.data += 0.02 * torch.randn(p.shape)
+    shape = (2,) if name == "mlp" else (2, 8, 8)
+    return SolutionModel(network), shape
+
+
+TAUGHT = ("reflow", "regression")  # by trajectories of points without labels
+
+
+def objective_of(name, model, shape):
+    "An objective; those that learn from trajectories have some of the model itself."
+    if name not in TAUGHT:
+        return build("objective", name)
+    pool = Trajectories(model, shape, count=8, records=3, rtol=1e-1)
+    return find("objective", name)(trajectories=pool)
+
+
+def test_every_network_is_tried_with_every_objective():
+    assert set(NETWORKS) == set(names("network")) - {"picture"}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("objective", names("objective"))
+def test_every_objective_trains_every_network(objective, network):
+    model, shape = small_model(network)
+    chosen = objective_of(objective, model, shape)
+    g = torch.Generator().manual_seed(0)
+    for progress in (0.0, 0.9):
+        x0, y = Anything(shape).sample(6, g)
+        batch = Batch(x0, None if objective in TAUGHT else y)
+        draws = chosen.draw(batch, progress, g)
+        loss = chosen.loss(model, batch, draws, progress)
+        loss.value.backward()
+        slopes = [p.grad for p in model.parameters() if p.grad is not None]
+        assert loss.value.isfinite()
+        assert all(slope.isfinite().all() for slope in slopes)
+        assert any(slope.abs().max() > 0 for slope in slopes)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_derivative_along_the_velocity_is_that_of_differences(network):
+    model, shape = small_model(network)
+    model.double().eval()  # without dropout
+    x0, y = Anything(shape).sample(4, torch.Generator().manual_seed(1))
+    x1 = torch.randn_like(x0).double()
+    t = torch.linspace(0.3, 0.9, 4).double()
+    draws = Draws(x1, t, t / 2, t, regressed=0)
+    rows = rows_of(model, Batch(x0.double(), y), draws)
+    _, q = objectives.derivative_along(model, rows, rows.v_cond)
+    step = 3e-3  # some networks compute in float32 whatever they are given
+
+    def moved(by):
+        return model(rows.xt + by * rows.v_cond, rows.t + by, rows.s, rows.y)
+
+    expected = (moved(step) - moved(-step)) / (2 * step)
+    error = (q - expected.detach()).norm() / expected.norm()
+    assert error < 0.01, error
