@@ -45,12 +45,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from symtable import SymbolTable, symtable
 from textwrap import fill, wrap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -89,6 +90,7 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #0b04d58a-read_json
 def read_json(path: Path) -> Any:
     "What a file of JSON holds. Raises InputError if it is torn, or Damaged."
     if not path.is_file():
@@ -103,6 +105,7 @@ def read_json(path: Path) -> Any:
         raise Damaged(message) from None
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #0b04d58a-read_notebook
 def read_notebook(path: str | Path) -> dict:
     """A notebook with the source of each cell as one string.
 
@@ -1215,8 +1218,10 @@ def stage(
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #wire-packed
-NUMBERS = ("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16")
-NUMBERS += ("float16", "float32", "float64", "complex64", "complex128")
+NUMBERS = (
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
 SEQUENCES = (("list", list), ("tuple", tuple), ("set", set))
 
 
@@ -1225,6 +1230,7 @@ def nothing_special(value: object, blocks: list[bytes]) -> list:
     return []
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wire-packed-packed_tensor
 def packed_tensor(value: torch.Tensor, blocks: list[bytes]) -> list:
     "Its type and shape; its numbers become a block."
     flat = value.detach().cpu().contiguous().reshape(-1)
@@ -1233,6 +1239,7 @@ def packed_tensor(value: torch.Tensor, blocks: list[bytes]) -> list:
     return ["tensor", kind, list(value.shape), value.requires_grad]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wire-packed-all
 def packed(
     value: object,
     blocks: list[bytes],  # which grows
@@ -1249,7 +1256,7 @@ def packed(
         if isinstance(value, kind):
             return [name, [packed(part, blocks, special) for part in value]]
     if isinstance(value, dict):
-        pairs = [[packed(part, blocks, special) for part in p] for p in value.items()]
+        pairs = [packed(pair, blocks, special)[1] for pair in value.items()]
         return ["dict", pairs]
     if type(value).__module__ == "numpy":
         form = packed_tensor(torch.as_tensor(value), blocks)
@@ -1272,6 +1279,7 @@ class Other:
         return f"<{self.kind}>"
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacked-demand
 def demand(holds: bool, what: str) -> None:
     "Raises Lost unless a condition holds."
     if not holds:
@@ -1294,8 +1302,8 @@ def unpacked_tensor(
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #wire-unpacking
-class Unpacking:
-    "Values from what a student's process has sent. Raises Lost for anything else."
+class Plain:
+    "Words and numbers that a student's process has sent, and objects of ours."
 
     def __init__(self, blocks: list[bytes], known: Mapping[int, Any] = {}):
         self.blocks = iter(blocks)
@@ -1324,6 +1332,11 @@ class Unpacking:
 
     def as_other(self, kind: str) -> Other:
         return Other(str(kind)[:80])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacking-more
+class Unpacking(Plain):
+    "Values from what a student's process has sent. Raises Lost for anything else."
 
     def as_tensor(self, *form: Any) -> torch.Tensor:
         return unpacked_tensor(next(self.blocks), *form)
@@ -1361,10 +1374,11 @@ def keeps_records(value: object) -> bool:
     return any(isinstance(part, STATE) for part in held)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wire-answers
 class Answer:
     "A function of a student: it runs in the student's process."
 
-    def __init__(self, box: "Box", name: str):
+    def __init__(self, box: "Calling", name: str):
         self.box = box
         self.name = name
 
@@ -1377,62 +1391,61 @@ class Answer:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #wire-parcel
-class Parcel:
-    "Arguments for a student's process, and what of them may come back."
+class Numbered:
+    "Objects that are sent to a student's process, with a number for each."
 
     def __init__(self):
         self.objects: dict[int, Any] = {}  # number -> object
         self.numbers: dict[int, int] = {}  # its id -> number
-        self.in_network = False  # whether a network is being packed
 
     def number(self, value: object) -> int:
         number = self.numbers.setdefault(id(value), len(self.numbers))
         self.objects[number] = value
         return number
 
-    def stand_in(self, value: Any) -> tuple | None:
-        "What is sent in place of an object, if something is."
+    def simple(self, value: Any) -> tuple | None:
+        "What is sent in place of an object that is no network, if something is."
         if isinstance(value, Answer):
             return ("answer", value.name)
         if isinstance(value, torch.Tensor):
             parameter = isinstance(value, torch.nn.Parameter)
-            numbers = value.detach().numpy()
-            return (
-                "tensor",
-                self.number(value),
-                numbers,
-                value.requires_grad,
-                parameter,
-            )
-        if isinstance(value, torch.nn.Module) and not self.in_network:
-            return ("network", self.number(value), self.packed_network(value))
+            nature = (value.requires_grad, parameter)
+            return ("tensor", self.number(value), value.detach().numpy(), *nature)
         if isinstance(value, torch.Generator):
             state = value.get_state().numpy()
             return ("generator", self.number(value), state)
-        if keeps_records(value):
-            return ("remote", self.number(value))
-        return None
+        return ("remote", self.number(value)) if keeps_records(value) else None
 
-    def packed_network(self, value: torch.nn.Module) -> bytes:
-        "A network, which may come back and is then known again."
-        self.in_network = True
-        try:
-            return self.packed(value)
-        finally:
-            self.in_network = False
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-pickled
+def pickled(value: object, stand_in: Callable[[Any], tuple | None]) -> bytes:
+    "A pickle in which some objects are replaced by what stands for them."
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def persistent_id(self, obj):
+            return stand_in(obj)
+
+    file = io.BytesIO()
+    Pickler(file).dump(value)
+    return file.getvalue()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-parcels
+class Parcel(Numbered):
+    "Arguments for a student's process, and what of them may come back."
+
+    def stand_in(self, value: Any) -> tuple | None:
+        "What is sent in place of an object, if something is."
+        if isinstance(value, torch.nn.Module):  # it may come back, and is known then
+            return ("network", self.number(value), pickled(value, self.simple))
+        return self.simple(value)
 
     def packed(self, value: object) -> bytes:
-        import cloudpickle
-
-        class Pickler(cloudpickle.Pickler):
-            persistent_id = staticmethod(self.stand_in)
-
-        file = io.BytesIO()
-        Pickler(file).dump(value)
-        return file.getvalue()
+        return pickled(value, self.stand_in)
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #frames
+# %% ../nbs/4_practice/01_grading.ipynb #frames-waiting
 LARGEST = 2**28  # bytes of a frame
 LENGTH = struct.Struct("!Q")
 
@@ -1441,6 +1454,7 @@ class Late(BaseException):
     "A student's process did not answer in time."
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #frames-waiting-wait
 def wait(reads: list[int], writes: list[int], until: float) -> None:
     "Waits until a file descriptor is ready. Raises Late at a time of the clock."
     left = until - time.monotonic()
@@ -1448,6 +1462,7 @@ def wait(reads: list[int], writes: list[int], until: float) -> None:
         raise Late
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #frames-sent
 def send(file: int, content: bytes, until: float = math.inf) -> None:
     "Writes a frame. Raises Late, or Lost if nobody reads."
     rest = memoryview(LENGTH.pack(len(content)) + content)
@@ -1460,6 +1475,7 @@ def send(file: int, content: bytes, until: float = math.inf) -> None:
             raise Lost("nobody reads") from None
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #frames
 def receive_bytes(file: int, size: int, until: float) -> bytes:
     parts = []
     while size:
@@ -1487,6 +1503,7 @@ def joined_blocks(head: object, blocks: list[bytes]) -> bytes:
     return b"".join([LENGTH.pack(len(text)), text, *blocks])
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #frames-of-data-split_blocks
 def split_blocks(content: bytes) -> tuple[Any, list[bytes]]:
     "The JSON and the blocks of a frame. Raises Lost if it is none."
     try:
@@ -1521,6 +1538,7 @@ class Remote:
         return self._far.call_back(self._place, given, options)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #far-unpickler
 class Unpickler(pickle.Unpickler):
     "Takes arguments out of a parcel, in the student's process."
 
@@ -1554,6 +1572,66 @@ class Unpickler(pickle.Unpickler):
         return generator
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #far-graded
+def is_graded(value: object) -> bool:
+    "Whether it is a tensor that a gradient goes through."
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def in_order(objects: Mapping[int, Any]) -> list[torch.Tensor]:
+    "The tensors among numbered objects that a gradient goes through."
+    return [objects[number] for number in sorted(objects) if is_graded(objects[number])]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-graded-graded_in
+def graded_in(value: Any) -> list[torch.Tensor]:
+    "The same among the parts of a result, in their order."
+    if is_graded(value):
+        return [value]
+    parts = list(value.values()) if isinstance(value, dict) else value
+    found = []
+    if isinstance(parts, list | tuple):
+        for part in parts:
+            found += graded_in(part)
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-code
+def names_used(code: types.CodeType) -> list:
+    "The names in a compiled function, and lists of those in functions inside it."
+    inner = [names_used(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [list(code.co_names), inner]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-code-code_of
+def code_of(names: Any) -> types.SimpleNamespace:
+    "The same in the form of a function's code."
+    used, inner = names
+    parts = tuple(code_of(part) for part in inner)
+    return types.SimpleNamespace(co_names=tuple(used), co_consts=parts)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-back
+def same_shapes(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    "Whether two networks have the same parameters, but for their values."
+    a = {name: value.shape for name, value in one.state_dict().items()}
+    return a == {name: value.shape for name, value in other.state_dict().items()}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-back-sent_back
+def sent_back(value: Any, blocks: list[bytes], objects: Mapping[int, Any]) -> list:
+    "How an object goes back that came from the tests; a network also as a copy."
+    network = isinstance(value, torch.nn.Module)
+    if not network and not isinstance(value, Remote):
+        return []
+    for number, mine in objects.items():
+        if mine is value:
+            return ["known", number]
+        if network and type(mine) is type(value) and same_shapes(mine, value):
+            return ["like", number, packed(dict(value.state_dict()), blocks)]
+    return []
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #far
 class Far:
     "The conversation with the tests, as a student's process sees it."
@@ -1564,30 +1642,16 @@ class Far:
         self.shell = shell
         self.names: dict[str, Any] = shell.user_ns
         self.objects: dict[int, Any] = {}  # of the last call, by number
-        self.versions: dict[int, Any] = {}  # what they were like before it
         self.results: list[torch.Tensor] = []  # that a gradient goes through
         self.refused: list[str] = []  # what the guard has refused
 
     def send(self, head: dict, *values: object) -> None:
         "Sends a message, with values as data."
         blocks: list[bytes] = []
-        head["values"] = [packed(value, blocks, self.special) for value in values]
+        special = partial(sent_back, objects=self.objects)
+        head["values"] = [packed(value, blocks, special) for value in values]
         head["refused"] = self.refused[:20]
         send(self.replies, joined_blocks(head, blocks))
-
-    def special(self, value: object, blocks: list[bytes]) -> list:
-        "How an object is sent back that came from the tests; a network also as a copy."
-        if not isinstance(value, Remote | torch.nn.Module):
-            return []
-        for number, mine in self.objects.items():
-            if mine is value:
-                return ["known", number]
-        if isinstance(value, Remote):
-            return []
-        for number, mine in self.objects.items():
-            if type(mine) is type(value) and same_shapes(mine, value):
-                return ["like", number, packed(dict(value.state_dict()), blocks)]
-        return []
 
     def call_back(self, place: tuple, given: tuple, options: dict) -> Any:
         "Calls something that stayed with the tests."
@@ -1597,20 +1661,8 @@ class Far:
             raise RuntimeError(error)
         return Unpickler(self, content).load()
 
-    def state(self, value: Any) -> Any:
-        "What tells whether an object was changed."
-        if isinstance(value, torch.Tensor):
-            return value._version
-        return value.get_state().tolist()
 
-
-# %% ../nbs/4_practice/01_grading.ipynb #far-verbs
-def same_shapes(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    "Whether two networks have the same parameters, but for their values."
-    a = {name: value.shape for name, value in one.state_dict().items()}
-    return a == {name: value.shape for name, value in other.state_dict().items()}
-
-
+# %% ../nbs/4_practice/01_grading.ipynb #far-outcome
 def outcome_of(error: BaseException | None) -> list[str] | None:
     "The name and the words of an exception."
     if error is None:
@@ -1619,11 +1671,32 @@ def outcome_of(error: BaseException | None) -> list[str] | None:
     return [type(error).__name__, words[:2000]]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #far-outcome-optimisers_in
 def optimisers_in(given: tuple, options: Mapping[str, Any]) -> list[Any]:
+    "Those among the arguments of a call."
     values = [*given, *options.values()]
     return [value for value in values if isinstance(value, torch.optim.Optimizer)]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #far-versions
+def versions(objects: Mapping[int, Any]) -> dict[int, Any]:
+    "What tells whether numbered tensors and generators have been changed."
+    found = {}
+    for number, value in objects.items():
+        if isinstance(value, torch.Tensor):
+            found[number] = value._version
+        elif isinstance(value, torch.Generator):
+            found[number] = value.get_state().tolist()
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-versions-as_data
+def as_data(value: Any) -> torch.Tensor:
+    "A tensor, or the state of a generator."
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-verbs
 class Verbs(Far):
     "What the tests may ask of a student's process."
 
@@ -1641,9 +1714,27 @@ class Verbs(Far):
         "Takes things away that an answer must not use."
         self.names.update(dict.fromkeys(names))
 
-    def code(self, name: str) -> object:
+    def code(self, name: str) -> list:
         "The names that a function uses, and those of functions inside it."
         return names_used(self.names[name].__code__)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-calls
+class Answering(Verbs):
+    "Calls of a student's functions, in the student's process."
+
+    def call(self, name: str, content: bytes) -> tuple:
+        "The result of an answer, and what it did to its arguments."
+        self.objects.clear()
+        given, options = Unpickler(self, content).load()
+        before = versions(self.objects)
+        result = self.names[name](*given, **options)
+        after = versions(self.objects)
+        touched = [key for key in before if after[key] != before[key]]
+        changed = {key: as_data(self.objects[key]) for key in touched}
+        learned = [o.state_dict() for o in optimisers_in(given, options)]
+        self.results = graded_in(result)
+        return result, changed, learned
 
     def gradient(self, number: int, direction: Any) -> list:
         "How a result changes with the tensors that were given."
@@ -1653,73 +1744,17 @@ class Verbs(Far):
         along = torch.as_tensor(direction)
         return list(torch.autograd.grad(result, leaves, along, **ways))
 
-    def call(self, name: str, content: bytes) -> tuple:
-        "The result of an answer, and what it did to its arguments."
-        self.objects.clear()
-        given, options = Unpickler(self, content).load()
-        before = self.states()
-        result = self.names[name](*given, **options)
-        after = self.states()
-        changed = {
-            key: self.objects[key] for key in before if after[key] != before[key]
-        }
-        for key, value in changed.items():
-            if isinstance(value, torch.Generator):
-                changed[key] = value.get_state()
-        learned = [o.state_dict() for o in optimisers_in(given, options)]
-        self.results = graded_in(result)
-        return result, changed, learned
-
-    def states(self) -> dict[int, Any]:
-        kinds = torch.Tensor | torch.Generator
-        pairs = self.objects.items()
-        return {
-            key: self.state(value) for key, value in pairs if isinstance(value, kinds)
-        }
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #far-help
-def is_graded(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def in_order(objects: Mapping[int, Any]) -> list[torch.Tensor]:
-    "The tensors among numbered objects that a gradient goes through."
-    return [objects[number] for number in sorted(objects) if is_graded(objects[number])]
-
-
-def graded_in(value: object) -> list[torch.Tensor]:
-    "The tensors in a result that a gradient goes through, in their order."
-    if is_graded(value):
-        return [value]  # type: ignore[list-item]
-    found = []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            found += graded_in(part)
-    return found
-
-
-def names_used(code: types.CodeType) -> list:
-    "The names in a compiled function, and lists of those in functions inside it."
-    inner = [names_used(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return [list(code.co_names), inner]
-
-
-def code_of(names: Any) -> types.SimpleNamespace:
-    "The same in the form of a function's code."
-    used, inner = names
-    parts = tuple(code_of(part) for part in inner)
-    return types.SimpleNamespace(co_names=tuple(used), co_consts=parts)
-
 
 # %% ../nbs/4_practice/01_grading.ipynb #guard
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("remove", "rename", "mkdir", "rmdir", "link", "symlink", "truncate")
-CHANGES += ("chmod", "chown", "utime", "setxattr", "removexattr")
-PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty")
-PROGRAMS += ("os.posix_spawn", "os.spawn", "pty.spawn", "os.kill", "os.killpg")
+CHANGES = (
+    *("remove", "rename", "mkdir", "rmdir", "link", "symlink", "truncate"),
+    *("chmod", "chown", "utime", "setxattr", "removexattr"),
+)
+PROGRAMS = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"),
+    *("os.posix_spawn", "os.spawn", "pty.spawn", "os.kill", "os.killpg"),
+)
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
 
 
@@ -1728,6 +1763,7 @@ def below(path: str, folders: Sequence[str]) -> bool:
     return any(path == f or path.startswith(f.rstrip("/") + "/") for f in folders)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #guard-judges
 def fault_of_event(
     event: str,  # of Python's auditing
     args: tuple,
@@ -1770,6 +1806,7 @@ def set_guard(far: Far, own: list[str], closed: Sequence[str]) -> None:
     sys.addaudithook(guard)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #limits-of-system
 GIGABYTE = 2**30
 LIMITS = {  # of the system, for a student's process
     "RLIMIT_DATA": 4 * GIGABYTE,
@@ -1793,7 +1830,7 @@ def set_limits() -> None:
         resource.setrlimit(kind, (value, value))
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #answering
+# %% ../nbs/4_practice/01_grading.ipynb #clock
 class TooLong(BaseException):
     "A cell of a student has had its time."
 
@@ -1813,6 +1850,7 @@ def clocked(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #answering-shell
 def new_shell() -> Any:
     "IPython without a history: it knows magics, as a notebook does."
     from IPython.core.interactiveshell import InteractiveShell
@@ -1823,7 +1861,8 @@ def new_shell() -> Any:
     return InteractiveShell.instance(config=config)
 
 
-def answer(verbs: Verbs, verb: str, seconds: float, given: tuple) -> None:
+# %% ../nbs/4_practice/01_grading.ipynb #answering-once
+def answer(verbs: Answering, verb: str, seconds: float, given: tuple) -> None:
     "Does what a message asks for, and sends what came of it."
     error = None
     values = []
@@ -1838,6 +1877,7 @@ def answer(verbs: Verbs, verb: str, seconds: float, given: tuple) -> None:
         verbs.send({"error": outcome_of(raised)})
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #answering-all
 def answering() -> None:
     "The whole life of a student's process."
     requests = os.dup(0)
@@ -1847,7 +1887,7 @@ def answering() -> None:
         os.dup2(nothing, file)
     own, closed = pickle.loads(receive(requests))
     set_limits()
-    verbs = Verbs(requests, replies, new_shell())
+    verbs = Answering(requests, replies, new_shell())
     set_guard(verbs, own, closed)
     while True:
         verb, seconds, given = pickle.loads(receive(requests))
@@ -1855,8 +1895,10 @@ def answering() -> None:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #wrap
-SYSTEM = ("usr", "lib", "lib64", "bin", "sbin", "etc/ld.so.cache", "etc/fonts")
-SYSTEM += ("etc/ld.so.conf", "etc/ld.so.conf.d", "etc/alternatives", "etc/localtime")
+SYSTEM = (
+    *("usr", "lib", "lib64", "bin", "sbin", "etc/ld.so.cache", "etc/fonts"),
+    *("etc/ld.so.conf", "etc/ld.so.conf.d", "etc/alternatives", "etc/localtime"),
+)
 
 
 def site_folders() -> list[str]:
@@ -1864,6 +1906,7 @@ def site_folders() -> list[str]:
     return [*site.getsitepackages(), site.getusersitepackages()]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-python_paths
 def python_paths() -> list[str]:
     "Folders that Python needs, without those that lie in another."
     package = package_root()
@@ -1874,6 +1917,7 @@ def python_paths() -> list[str]:
     return sorted({folder for folder in folders if os.path.exists(folder)}, key=len)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-words
 def wrapped(
     command: list[str],
     own: Path,  # folder
@@ -1892,6 +1936,7 @@ def wrapped(
     return [*words, "--", *command]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-works
 @cache
 def can_wrap() -> bool:
     "Whether bubblewrap is installed and the system lets it work."
@@ -1934,12 +1979,14 @@ def descendants(
     return found
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-children
 def children() -> set[int]:
     "The processes whose parent is this one."
     me = os.getpid()
     return {pid for pid, (parent, _) in processes().items() if parent == me}
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-children-adopt
 def adopt() -> None:
     "Makes this process the parent of what its children leave behind, on Linux."
     if sys.platform.startswith("linux"):
@@ -1948,6 +1995,7 @@ def adopt() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-all
 def sweep(others: set[int]) -> None:
     "Ends all children of this process but the others, with all that they started."
     for _ in range(200):
@@ -1981,6 +2029,7 @@ def size_of(folder: Path) -> int:
     return size
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #watch-excess
 def excess(pid: int, others: set[int], folder: Path) -> str:
     "What a student's processes use too much of; empty if nothing."
     table = processes()
@@ -2005,6 +2054,7 @@ def scripts_first(path: str) -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), path])
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #box-start-clean_environment
 def clean_environment(own: Path) -> dict[str, str]:
     "What a student's process is told: nothing of ours but where programs are."
     kept = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TZ", "SYSTEMROOT")
@@ -2023,6 +2073,7 @@ def clean_environment(own: Path) -> dict[str, str]:
     }
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #box-process
 def start_process(own: Path, closed: Sequence[str], wrap: bool) -> subprocess.Popen:
     "A student's process, in a session of its own."
     paths = [folder for folder in sys.path if folder in site_folders()]
@@ -2062,28 +2113,39 @@ class Box:
     def __init__(self, closed: Sequence[str], wrap: bool):
         self.own = Path(os.path.realpath(tempfile.mkdtemp(prefix="submission-")))
         self.others = children()
-        self.ended = threading.Event()
-        self.trouble = ""  # why the watch ended it
+        self.trouble = ""  # why the watch has ended it
         self.refused: set[str] = set()  # what the guard has refused
         self.until = math.inf  # when the present question must be done
         self.parcel = Parcel()
-        self.count = 0  # of calls
         if fonts := font_list():
             shutil.copy(fonts, self.own)
         self.process = start_process(self.own, closed, wrap)
+        assert self.process.stdin and self.process.stdout
+        self.requests = self.process.stdin
+        self.replies = self.process.stdout
+        kept = [*closed, f"/proc/{os.getpid()}"]
+        own = [str(self.own), os.devnull, "/dev/shm"]
+        self.write(pickle.dumps((own, kept)), time.monotonic() + STARTING)
+
+    def write(self, content: bytes, until: float) -> None:
+        send(self.requests.fileno(), content, until)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-watched
+class Watched(Box):
+    "The same with a watch, and with an end."
+
+    def __enter__(self) -> Self:
+        self.ended = threading.Event()
         self.watch = threading.Thread(target=self.look, daemon=True)
         self.watch.start()
-        own = [str(self.own), os.devnull, "/dev/shm"]
-        self.write(pickle.dumps((own, list(closed))), time.monotonic() + STARTING)
-
-    def __enter__(self) -> "Box":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.ended.set()
         self.kill()
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.stdout.close()  # type: ignore[union-attr]
+        self.requests.close()
+        self.replies.close()
         self.process.wait()
         self.watch.join()
         sweep(self.others)
@@ -2095,17 +2157,13 @@ class Box:
 
     def look(self) -> None:
         "Watches what the process uses, and ends it if that is too much."
-        while not self.ended.wait(0.2):
+        while not self.trouble and not self.ended.wait(0.2):
             self.trouble = excess(self.process.pid, self.others, self.own)
-            if self.trouble:
-                self.kill()
-                return
-
-    def write(self, content: bytes, until: float) -> None:
-        send(self.process.stdin.fileno(), content, until)  # type: ignore[union-attr]
+        if self.trouble:
+            self.kill()
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #box-talk
+# %% ../nbs/4_practice/01_grading.ipynb #box-stopped
 class Stopped(Exception):
     "An exception in a student's code."
 
@@ -2114,50 +2172,100 @@ class Stopped(Exception):
         self.name = name
 
 
-class Talking(Box):
+# %% ../nbs/4_practice/01_grading.ipynb #box-stopped-call_of_ours
+def call_of_ours(parcel: Parcel, place: Any, values: list) -> bytes:
+    "What something of the tests returns to a student's process."
+    try:
+        number, path = place
+        action = parcel.objects[number]
+        demand(keeps_records(action), "no function")
+        demand(not any(name.startswith("_") for name in path), "no public name")
+        for name in path:
+            action = getattr(action, name)
+        given, options = values
+        answer = ("", parcel.packed(action(*given, **options)))
+    except Exception as error:
+        answer = (f"{type(error).__name__}: {error}", b"")
+    return pickle.dumps(answer)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-talk
+class Talking(Watched):
     "What a student's process is asked, and what it answers."
+
+    def message(self, until: float) -> tuple[dict, list]:
+        "The next message from there, and the values in it. Raises Lost or Late."
+        head, blocks = split_blocks(receive(self.replies.fileno(), until))
+        demand(isinstance(head, dict), "no message")
+        words = list(head.get("refused") or [])[:20]
+        self.refused.update(str(word)[:200] for word in words)
+        return head, Unpacking(blocks, self.parcel.objects).as_list(head["values"])
 
     def ask(self, verb: str, seconds: float, *given: object) -> Any:
         "The answer to a message. Raises Stopped, Late or Lost."
         until = time.monotonic() + seconds + GRACE
         self.write(pickle.dumps((verb, seconds, given)), until)
-        while True:
-            file = self.process.stdout.fileno()  # type: ignore[union-attr]
-            head, blocks = split_blocks(receive(file, until))
-            demand(isinstance(head, dict), "no message")
-            words = list(head.get("refused") or [])[:20]
-            self.refused.update(str(word)[:200] for word in words)
-            values = Unpacking(blocks, self.parcel.objects).as_list(head.get("values"))
-            if "call" in head:
-                self.write(self.called(head["call"], values), until)
-                continue
-            if error := head.get("error"):
-                name, said = map(str, error)
-                raise Stopped(name, said)
-            demand(len(values) == 1, "no value")
-            return values[0]
+        head, values = self.message(until)
+        while "call" in head:
+            self.write(call_of_ours(self.parcel, head["call"], values), until)
+            head, values = self.message(until)
+        if error := head.get("error"):
+            name, said = map(str, error)
+            raise Stopped(name, said)
+        demand(len(values) == 1, "no value")
+        return values[0]
 
-    def called(self, place: Any, values: list) -> bytes:
-        "What something of the tests returns to the student's process."
-        try:
-            number, path = place
-            action = self.parcel.objects[number]
-            demand(keeps_records(action), "no function")
-            for name in path:
-                demand(not name.startswith("_"), "no public name")
-                action = getattr(action, name)
-            given, options = values
-            answer = (None, self.parcel.packed(action(*given, **options)))
-        except Exception as error:
-            answer = (f"{type(error).__name__}: {error}", b"")
-        return pickle.dumps(answer)
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-crossing
+class Crossing(torch.autograd.Function):
+    "Where a gradient goes through a student's process."
+
+    @staticmethod
+    def forward(ctx, box, number, value, *inputs):
+        ctx.call = (box, box.parcel, number)
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        box, parcel, number = ctx.call
+        return None, None, None, *box.gradient(parcel, number, gradients[0])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-crossed
+def crossed(value: Any, box: Any, inputs: list[torch.Tensor], count: Iterator) -> Any:
+    "A result whose tensors have gradients with respect to the arguments."
+    if is_graded(value):
+        return Crossing.apply(box, next(count), value, *inputs)
+    if isinstance(value, list | tuple):
+        return type(value)(crossed(part, box, inputs, count) for part in value)
+    if isinstance(value, dict):
+        return {key: crossed(v, box, inputs, count) for key, v in value.items()}
+    return value
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-changed
+def change(objects: Mapping[int, Any], changed: Mapping[int, torch.Tensor]) -> None:
+    "Does to our tensors and generators what was done to the student's."
+    for number, value in changed.items():
+        mine = objects[number]
+        if isinstance(mine, torch.Generator):
+            mine.set_state(value)
+            continue
+        demand(mine.shape == value.shape, "a tensor of another shape")
+        with torch.no_grad():
+            mine.copy_(value)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-timed
+class Timed(Talking):
+    "Questions that have to be answered by a given time."
 
     def left(self) -> float:
         "Seconds until the present question must be done. Raises Late."
         left = self.until - time.monotonic()
         if left <= 0:
             raise Late
-        return left
+        return min(left, STARTING)
 
     def code(self, name: str) -> types.SimpleNamespace:
         "The names that a student's function uses."
@@ -2169,71 +2277,26 @@ class Talking(Box):
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #box-call
-class Crossing(torch.autograd.Function):
-    "Where a gradient goes through a student's process."
-
-    @staticmethod
-    def forward(ctx, box, place, value, *inputs):
-        ctx.box = box
-        ctx.place = place
-        return value.detach().clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, None, *ctx.box.gradient(ctx.place, gradient)
-
-
-class Calling(Talking):
+class Calling(Timed):
     "Calls of a student's functions."
 
     def call(self, name: str, given: tuple, options: dict) -> Any:
         "What an answer returns; its arguments are changed as it has changed them."
         self.parcel = Parcel()
-        self.count += 1
         content = self.parcel.packed((given, options))
         reply = self.ask("call", self.left(), name, content)
         demand(isinstance(reply, tuple) and len(reply) == 3, "no result")
         result, changed, learned = reply
-        self.change(changed)
+        change(self.parcel.objects, changed)
         mine = optimisers_in(given, options)
         for optimiser, state in zip(mine, learned, strict=True):
             optimiser.load_state_dict(state)
-        return self.graded(result)
-
-    def change(self, changed: Mapping[int, torch.Tensor]) -> None:
-        "Does to our tensors and generators what was done to the student's."
-        for number, value in changed.items():
-            mine = self.parcel.objects[number]
-            if isinstance(mine, torch.Generator):
-                mine.set_state(value)
-                continue
-            demand(mine.shape == value.shape, "a tensor of another shape")
-            with torch.no_grad():
-                mine.copy_(value)
-
-    def graded(self, result: Any) -> Any:
-        "A result whose tensors have gradients with respect to the arguments."
         inputs = in_order(self.parcel.objects)
-        if not inputs:
-            return result
-        count = iter(range(LARGEST))
+        return crossed(result, self, inputs, count()) if inputs else result
 
-        def crossing(value: Any) -> Any:
-            if is_graded(value):
-                place = (self.count, next(count))
-                return Crossing.apply(self, place, value, *inputs)
-            if isinstance(value, list | tuple):
-                return type(value)(crossing(part) for part in value)
-            if isinstance(value, dict):
-                return {key: crossing(part) for key, part in value.items()}
-            return value
-
-        return crossing(result)
-
-    def gradient(self, place: tuple[int, int], direction: torch.Tensor) -> list:
+    def gradient(self, parcel: Parcel, number: int, direction: torch.Tensor) -> list:
         "The gradient of a result of the last call."
-        call, number = place
-        if call != self.count:
+        if parcel is not self.parcel:
             message = "a test takes the gradient of a result after another call"
             raise GradingError(message)
         values = self.ask("gradient", self.left(), number, direction.numpy())
@@ -2278,143 +2341,17 @@ def limits(
     return limit
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #names-in-cells
 def functions_in(source: str) -> list[str]:
     "The names of the functions that a cell defines."
     nodes = ast.parse(source).body
     return [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #names-in-cells-erased_by
 def erased_by(source: str) -> list[str]:
     "The names that a test sets to None, so that no answer can use them."
     return re.findall(r"^(\w+) = None\b", source, flags=re.M)
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #examination
-class Examination:
-    "A submission on its way through a process of its own, and through the tests."
-
-    def __init__(
-        self,
-        assignment: Assignment,
-        cells: list[dict],  # as restored by nbgrader
-        student: str,
-        seconds: float,  # for a cell of a student
-        closed: Sequence[str],  # folders that student code must not see
-    ):
-        self.assignment = assignment
-        self.cells = cells
-        self.student = student
-        self.seconds = seconds
-        self.closed = closed
-        self.limit = limits(cells, seconds)
-        self.end = time.monotonic() + 2 * STARTING + 40 * seconds
-        self.at: int | None = None  # index of the cell that runs
-        self.errors: dict[int, list[str] | None] = {}  # of each cell that was run
-        self.settled: set[int] = set()  # cells that are not run again
-        self.remarks: set[str] = set()
-
-    def take(self) -> None:
-        "Runs it all, as often as it takes. Raises GradingError for a fault of ours."
-        for _ in self.cells:
-            self.at = None
-            with Calling(self.closed, can_wrap()) as box:
-                try:
-                    prove(box)
-                    self.go(box)
-                    return
-                except (Lost, Late) as error:
-                    self.block(box, error)
-                finally:
-                    self.remarks |= {f"refused: {what}" for what in box.refused}
-
-    def block(self, box: Calling, error: BaseException) -> None:
-        "Enters the cell at which the process ended, which is not run again."
-        if self.at is None:
-            message = f"the process for student code did not begin: {error}"
-            raise GradingError(message)
-        if box.trouble:
-            self.remarks.add(box.trouble)
-        self.errors[self.at] = [type(error).__name__, "the process was ended"]
-        self.settled.add(self.at)
-
-    def question(self, cell: dict) -> Question | None:
-        "The question whose answer or tests a cell is."
-        names = {}
-        for q in self.assignment.questions:
-            names |= {q.answer_name: q, q.graded_name: q}
-        return names.get(tag_of(cell).get("grade_id"))
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #exam-cells
-def is_ours(cell: dict) -> bool:
-    "Whether no line of a cell is the student's."
-    tag = tag_of(cell)
-    return tag.get("locked") or tag.get("grade_id") == "identifier"
-
-
-def is_figure(cell: dict) -> bool:
-    return cell["source"].lstrip().startswith("@attempt")
-
-
-class Examining(Examination):
-    "What is done at each cell."
-
-    def go(self, box: Calling) -> None:
-        "From the first cell to the last."
-        space = {"__name__": "__main__"}
-        trusted = True  # until the first line of a student
-        for k, cell in enumerate(self.cells):
-            if cell["cell_type"] != "code" or is_figure(cell):
-                continue
-            trusted = trusted and is_ours(cell)
-            if k in self.settled:
-                continue
-            if not trusted:
-                self.at = k
-            if time.monotonic() > self.end:
-                self.errors[k] = ["Late", "no time is left"]
-            elif tag_of(cell).get("grade"):
-                self.errors[k] = self.test(box, space, cell)
-                self.settled.add(k)
-            else:
-                self.errors[k] = self.run(box, space, cell)
-                if trusted and self.errors[k]:
-                    message = f"a given cell stops with {': '.join(self.errors[k])}"
-                    raise GradingError(message)
-
-    def run(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
-        "Runs a cell that is no test, there and, if it is ours, here."
-        error = told(box.ask, "run", self.limit(cell), cell["source"])
-        box.until = time.monotonic() + self.limit(cell)
-        q = self.question(cell)
-        if q and not q.written:
-            for name in functions_in(q.answer["source"]):
-                space[name] = Answer(box, name)
-        elif is_ours(cell) and is_rehearsed(cell):
-            told(run_quietly, cell["source"], space)
-        return error
-
-    def test(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
-        "Runs the tests of a question; why it was not passed, or None."
-        box.until = time.monotonic() + self.seconds
-        source = cell["source"]
-        q = self.question(cell)
-        if q and "inside" in directives(source):
-            return self.test_inside(box, cell, q)
-        box.ask("erase", self.seconds, *erased_by(source))
-        return told(run_quietly, source, space)
-
-    def test_inside(self, box: Calling, cell: dict, q: Question) -> list[str] | None:
-        "The same in the student's process, where a wrong answer must then fail."
-        source = prelude(self.cells, self.student) + cell["source"]
-        error = told(box.ask, "inside", self.seconds, source)
-        if error:
-            return error
-        box.ask("inside", self.seconds, next(iter(q.wrong.values())))
-        if told(box.ask, "inside", self.seconds, source):
-            return None
-        self.remarks.add(f"question {q.number}: its tests pass for a wrong answer too")
-        return ["Tampered", "the tests do not test"]
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #told
@@ -2441,7 +2378,154 @@ def prove(box: Calling) -> None:
             raise GradingError("'assert False' does not fail: no mark can be trusted")
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #patient
+# %% ../nbs/4_practice/01_grading.ipynb #examination
+class Examination:
+    "A submission on its way through a process of its own, and through the tests."
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        cells: list[dict],  # as restored by nbgrader
+        student: str,
+        seconds: float,  # for a cell of a student
+        closed: Sequence[str],  # folders that student code must not see
+    ):
+        self.cells = cells
+        self.student = student
+        self.seconds = seconds
+        self.closed = closed
+        self.limit = limits(cells, seconds)
+        self.end = time.monotonic() + 2 * STARTING + 40 * seconds
+        self.at: int | None = None  # index of the student's cell that runs
+        self.errors: dict[int, list[str] | None] = {}  # of each cell that was run
+        self.settled: set[int] = set()  # cells that are not run again
+        self.remarks: set[str] = set()
+        self.questions: dict[str, Question] = {}  # by nbgrader's name of a cell
+        for q in assignment.questions:
+            self.questions |= {q.answer_name: q, q.graded_name: q}
+
+    def question(self, cell: dict) -> Question | None:
+        "The question whose answer or tests a cell is."
+        return self.questions.get(tag_of(cell).get("grade_id", ""))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-tests
+class Testing(Examination):
+    "What is done at a cell with tests."
+
+    def test(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
+        "Runs the tests of a question; why it was not passed, or None."
+        source = cell["source"]
+        q = self.question(cell)
+        if q and "inside" in directives(source):
+            return self.test_inside(box, source, q)
+        box.until = time.monotonic() + self.seconds
+        box.ask("erase", self.seconds, *erased_by(source))
+        return told(run_quietly, source, space)
+
+    def test_inside(self, box: Calling, source: str, q: Question) -> list[str] | None:
+        "The same in the student's process, where a wrong answer must then fail."
+        source = prelude(self.cells, self.student) + source
+        if error := told(box.ask, "inside", self.seconds, source):
+            return error
+        box.ask("inside", self.seconds, next(iter(q.wrong.values())))
+        if told(box.ask, "inside", self.seconds, source):
+            return None
+        self.remarks.add(f"question {q.number}: its tests pass for a wrong answer too")
+        return ["Tampered", "the tests do not test"]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-kinds-of-cells
+def is_ours(cell: dict) -> bool:
+    "Whether no line of a cell is the student's."
+    tag = tag_of(cell)
+    return bool(tag.get("locked")) or tag.get("grade_id") == "identifier"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-kinds-of-cells-is_skipped
+def is_skipped(cell: dict) -> bool:
+    "Whether a cell is text, or a figure, which earns nothing."
+    return cell["cell_type"] != "code" or cell["source"].lstrip().startswith("@attempt")
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-cells
+class Stepping(Testing):
+    "What is done at each cell."
+
+    def run(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
+        "Runs a cell that is no test, there and, if it is ours, here."
+        error = told(box.ask, "run", self.limit(cell), cell["source"])
+        box.until = time.monotonic() + self.limit(cell)
+        q = self.question(cell)
+        if q and not q.written:
+            for name in functions_in(q.answer["source"]):
+                space[name] = Answer(box, name)
+        elif is_ours(cell) and is_rehearsed(cell):
+            told(run_quietly, cell["source"], space)
+        return error
+
+    def step(self, box: Calling, space: dict, k: int) -> list[str] | None:
+        "Runs a cell, and settles a test; why it stopped, or None."
+        if time.monotonic() > self.end:
+            return ["Late", "no time is left"]
+        cell = self.cells[k]
+        if not tag_of(cell).get("grade"):
+            return self.run(box, space, cell)
+        error = self.test(box, space, cell)
+        self.settled.add(k)
+        return error
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-walk
+class Walking(Stepping):
+    "The way from the first cell to the last."
+
+    def go(self, box: Calling) -> None:
+        "Runs all that is not settled. Raises GradingError for a fault of ours."
+        space = {"__name__": "__main__"}
+        trusted = True  # until the first line of a student
+        for k, cell in enumerate(self.cells):
+            if is_skipped(cell) or k in self.settled:
+                continue
+            trusted = trusted and is_ours(cell)
+            self.at = None if trusted else k
+            error = self.step(box, space, k)
+            self.errors[k] = error
+            if trusted and error:
+                message = f"a given cell stops with {': '.join(error)}"
+                raise GradingError(message)
+
+    def block(self, box: Calling, error: BaseException) -> None:
+        "Enters the cell at which the process ended, which is not run again."
+        if self.at is None:
+            message = f"the process for student code did not begin: {error}"
+            raise GradingError(message)
+        if box.trouble:
+            self.remarks.add(box.trouble)
+        self.errors[self.at] = [type(error).__name__, "the process was ended"]
+        self.settled.add(self.at)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-take
+class Examining(Walking):
+    "All of it."
+
+    def take(self) -> None:
+        "Runs it all, as often as it takes. Raises GradingError for a fault of ours."
+        for _ in range(len(self.cells) + 1):
+            self.at = None
+            with Calling(self.closed, can_wrap()) as box:
+                try:
+                    prove(box)
+                    self.go(box)
+                    return
+                except (Lost, Late) as error:
+                    self.block(box, error)
+                finally:
+                    self.remarks |= {f"refused: {what}" for what in box.refused}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #error-output
 def error_output(error: list[str]) -> Any:
     "The output of a cell that stopped."
     from nbformat.v4 import new_output
@@ -2450,6 +2534,7 @@ def error_output(error: list[str]) -> Any:
     return new_output("error", ename=name, evalue=words, traceback=[words])
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #patient
 def patient(
     seconds: float,  # for a cell of a student
     names: Mapping[str, str],  # nbgrader's name of a student -> identifier
@@ -2636,6 +2721,8 @@ KNOWN = "math|numpy|torch|scipy|sklearn|matplotlib|soflow_edu"
 PATTERNS = (
     # files, and code made from text
     r"(?<![.\w])(?:open|exec|eval|setattr|globals|__import__)\(",
+    # the solved notebooks
+    r"\bread_(?:course|assignment|notebook)\b",
     # other modules
     rf"^\s*(?:import|from)\s+(?!(?:{KNOWN})\b)\w+",
     # parts of a library replaced
@@ -2752,13 +2839,12 @@ def staged_file(assignment: Assignment, path: Path, student: str) -> Staged:
         return Staged([], [], failure=said if name == "Damaged" else f"{name}: {said}")
 
 
-def without_marks(
-    assignment: Assignment, student: str, why: str, notes: list[str]
-) -> "Result":
-    "A result without marks."
-    return Result(student, same_mark(assignment, None), notes=notes, failure=why)
+def without_marks(a: Assignment, student: str, why: str, notes: list[str]) -> Result:
+    "A result without marks, and why."
+    return Result(student, same_mark(a, None), notes=notes, failure=why)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #5d3769f1-mark
 def mark(
     api: Any,
     assignment: Assignment,
@@ -2808,24 +2894,25 @@ def unguarded(text: str) -> str:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #c90d3b85
-AS_SPREADSHEET = {"encoding": "utf-8-sig", "errors": "replace"}
-
-
 def write_csv(path: Path, rows: list) -> None:
     "Rows of cells, in the encoding that spreadsheets recognise."
     with replacing(path) as temporary:
-        with open(temporary, "w", newline="", **AS_SPREADSHEET) as file:
-            csv.writer(file).writerows(rows)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        temporary.write_bytes(text.getvalue().encode("utf-8-sig", "replace"))
 
 
 def write_written(
     folder: Path,
     assignment: Assignment,
-    entries: Iterable[Entry] | Mapping[tuple, tuple],  # or {three fields: the others}
+    entries: Iterable[Entry] | Mapping[tuple, tuple],  # {three fields: the others}
 ) -> None:
     "The answers to written questions, with the marks that they have so far."
     if isinstance(entries, Mapping):
-        entries = [Entry(*key, *value) for key, value in entries.items()]
+        pairs = entries.items()
+        entries = [
+            Entry(s, n, text, mark, said) for (s, n, text), (mark, said) in pairs
+        ]
     points = {q.number: shown_points(q.points) for q in assignment.questions}
     rows: list[tuple] = [WRITTEN]
     for entry in entries:
@@ -2841,6 +2928,11 @@ def write_written(
 CODE_PAGES = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "latin-1")
 
 
+def known_names(text: str, names: Iterable[str]) -> int:
+    "How many of these names stand in a text."
+    return sum(name in text for name in names)
+
+
 def decoded(
     content: bytes,
     names: Iterable[str] = (),  # that stand in it; by them a code page is known
@@ -2850,17 +2942,16 @@ def decoded(
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", "replace")
     if zeros:
-        return content.decode(
-            "utf-16-le" if content[1] == 0 else "utf-16-be", "replace"
-        )
+        little = content[1] == 0
+        return content.decode("utf-16-le" if little else "utf-16-be", "replace")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         texts = [content.decode(page, "replace") for page in CODE_PAGES]
-    known = [sum(name in text for name in names) for text in texts]
-    return texts[known.index(max(known))]
+    return max(texts, key=partial(known_names, names=names))
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #538a0715-read_rows
 def read_rows(path: Path, names: Iterable[str] = ()) -> list[dict[str, str]]:
     "A table that a spreadsheet saved, with commas, semicolons or tabs; no blank rows."
     csv.field_size_limit(2**31 - 1)  # an answer may hold a picture
@@ -2874,6 +2965,7 @@ def read_rows(path: Path, names: Iterable[str] = ()) -> list[dict[str, str]]:
     return [row for row in rows if "".join(map(str, row.values())).strip()]
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #538a0715-entered_mark
 def entered_mark(path: Path, row: Mapping[str, str], points: float) -> float | None:
     "The mark in a row; None if there is none. Raises InputError if it is no mark."
     given = (row["mark"] or "").strip().replace(",", ".")
@@ -2924,6 +3016,7 @@ def read_written(
     return entered
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #42d79647-same_answer
 def same_answer(
     answer: str,  # of a student
     entered: str,  # the same after a spreadsheet has had it
@@ -2953,6 +3046,7 @@ def keep_for_next_time(
         result.comments[entry.question] = entry.comment
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #40f87b08-enter
 def enter(
     api: Any,
     assignment: Assignment,
@@ -3019,6 +3113,7 @@ def shown_mark(result: Result, number: int) -> str:
     return "-" if mark is None else shown_points(mark)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #9aad684e-marks_row
 def marks_row(assignment: Assignment, result: Result) -> list[str]:
     marks = [shown_mark(result, q.number) for q in assignment.questions]
     total = "?" if result.failure else shown_points(result.total)
@@ -3168,6 +3263,7 @@ def state_of(folder: Path) -> dict[Path, int]:
     return {path: path.lstat().st_ctime_ns for path in folder.rglob("*")}
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-mark_student
 def mark_student(
     api: Any,
     a: Assignment,
@@ -3191,6 +3287,7 @@ def mark_student(
     return result
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-mark_class
 def mark_class(
     api: Any,
     a: Assignment,
@@ -3214,6 +3311,7 @@ def mark_class(
     return results
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-refuse_failures
 def refuse_failures(results: Mapping[str, list[Result]], out: Path) -> None:
     "Raises GradingError if somebody could not be marked."
     missing = []
@@ -3242,17 +3340,23 @@ def staged_class(
     return staged
 
 
+def is_above(path: str, others: list[str]) -> bool:
+    "Whether one of these lies in a folder."
+    return any(below(other, [path]) for other in others)
+
+
 def closed_folders(*folders: Path) -> list[str]:
     "These, and those of a clone with solutions, but none that Python lies in."
     beside = package_root().parent
     every = [*folders, beside / "nbs", beside / "tests"]
     paths = [os.path.realpath(folder) for folder in every]
     needed = python_paths()
-    return [path for path in paths if not any(below(part, [path]) for part in needed)]
+    return [path for path in paths if not is_above(path, needed)]
 
 
 def fence_in_words() -> str:
-    "What keeps student code apart here."
+    "What keeps student code apart here, once this process adopts what it leaves."
+    adopt()
     if can_wrap():
         return "Student code runs in bubblewrap: no network, and no files but its own."
     return (
@@ -3288,9 +3392,7 @@ def grade_course(
         write_written(out / a.name, a, written[a.name])
     identifiers = {name: student for student, name in names.items()}
     closed = closed_folders(course_folder(source), Path(submissions), out)
-    place = out / "nbgrader"
-    api = open_nbgrader(place, assignments, identifiers, seconds, closed)
-    adopt()
+    api = open_nbgrader(out / "nbgrader", assignments, identifiers, seconds, closed)
     print(fence_in_words())
     results = {}
     for a in assignments:
