@@ -2905,14 +2905,12 @@ def write_csv(path: Path, rows: list) -> None:
 def write_written(
     folder: Path,
     assignment: Assignment,
-    entries: Iterable[Entry] | Mapping[tuple, tuple],  # {three fields: the others}
+    entries: Iterable[Entry] | Mapping[tuple, tuple],  # {3 fields: the others}
 ) -> None:
     "The answers to written questions, with the marks that they have so far."
     if isinstance(entries, Mapping):
-        pairs = entries.items()
-        entries = [
-            Entry(s, n, text, mark, said) for (s, n, text), (mark, said) in pairs
-        ]
+        pairs: Any = entries.items()
+        entries = [Entry(*three, *two) for three, two in pairs]
     points = {q.number: shown_points(q.points) for q in assignment.questions}
     rows: list[tuple] = [WRITTEN]
     for entry in entries:
