@@ -18,28 +18,40 @@ __all__ = [
 import ast
 import builtins
 import contextlib
+import copy
 import csv
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import re
+import select
 import shutil
+import signal
+import site
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import types
 import unicodedata
 import warnings
 
 # %% ../nbs/4_practice/01_grading.ipynb #9dc28fe6
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from symtable import SymbolTable, symtable
 from textwrap import fill, wrap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -62,20 +74,43 @@ def is_cell(content: object) -> bool:
     "Whether it has a type and a source."
     if not isinstance(content, dict) or content.get("cell_type") not in KINDS:
         return False
-    return isinstance(content.get("source"), str | list)
+    source = content.get("source")
+    if isinstance(source, list):
+        return all(isinstance(line, str) for line in source)
+    return isinstance(source, str)
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #0b04d58a
+class Damaged(InputError):
+    "A notebook that was one, but cannot be read any more."
+
+
+def whole_characters(text: str) -> str:
+    "Text in which half a character has become the sign for an unknown one."
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0b04d58a-read_json
+def read_json(path: Path) -> Any:
+    "What a file of JSON holds. Raises InputError if it is torn, or Damaged."
+    if not path.is_file():
+        read_text(path)  # says what is wrong
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        message = f"{path} is no notebook: {error}. Ask for the file again."
+        raise InputError(message) from None
+    except (ValueError, RecursionError, OSError) as error:
+        message = f"{path} cannot be read: {error}. Ask for the file again."
+        raise Damaged(message) from None
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0b04d58a-read_notebook
 def read_notebook(path: str | Path) -> dict:
     """A notebook with the source of each cell as one string.
 
     Raises InputError if the file is no notebook of format 4."""
-    text = read_text(Path(path))
-    try:
-        notebook = json.loads(text)
-    except json.JSONDecodeError as error:
-        message = f"{path} is no notebook: {error}. Ask for the file again."
-        raise InputError(message) from None
+    notebook = read_json(Path(path))
     if not is_notebook(notebook):
         message = (
             f"{path} is no notebook of format 4. Open it in JupyterLab and save it."
@@ -86,8 +121,8 @@ def read_notebook(path: str | Path) -> dict:
             message = (
                 f"{path} has a cell without a type or a source. Ask for the file again."
             )
-            raise InputError(message)
-        cell["source"] = "".join(cell["source"])
+            raise Damaged(message)
+        cell["source"] = whole_characters("".join(cell["source"]))
     return notebook
 
 
@@ -128,7 +163,7 @@ def write_notebook(
 def write_text(path: str | Path, text: str) -> None:
     "Writes a file, which stands there as a whole or not at all."
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #fde14652
@@ -761,7 +796,7 @@ def rubric(assignment: Assignment) -> str:
 def run_quietly(source: str, space: dict[str, Any]) -> None:
     "Runs code in a dictionary of names, and keeps what it prints to itself."
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(source, "<cell>", "exec"), space)
+        exec(compile(source, "<cell>", "exec", optimize=0), space)
 
 
 def passes(source: str, space: dict[str, Any]) -> bool:
@@ -1182,6 +1217,1093 @@ def stage(
     return cells, [*notes, other] if other else notes
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #wire-packed
+NUMBERS = (
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "bfloat16"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
+SEQUENCES = (("list", list), ("tuple", tuple), ("set", set))
+
+
+def nothing_special(value: object, blocks: list[bytes]) -> list:
+    "Where no object came from somewhere else."
+    return []
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-packed-packed_tensor
+def packed_tensor(value: torch.Tensor, blocks: list[bytes]) -> list:
+    "Its type and shape; its numbers become a block."
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    blocks.append(flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"")
+    kind = str(value.dtype).removeprefix("torch.")
+    return ["tensor", kind, list(value.shape), value.requires_grad]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-packed-all
+def packed(
+    value: object,
+    blocks: list[bytes],  # which grows
+    special: Callable[[object, list[bytes]], list] = nothing_special,
+) -> list:
+    "A value as data that JSON can hold."
+    if form := special(value, blocks):
+        return form
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["plain", value]
+    if isinstance(value, torch.Tensor):
+        return packed_tensor(value, blocks)
+    for name, kind in SEQUENCES:
+        if isinstance(value, kind):
+            return [name, [packed(part, blocks, special) for part in value]]
+    if isinstance(value, dict):
+        pairs = [packed(pair, blocks, special)[1] for pair in value.items()]
+        return ["dict", pairs]
+    if type(value).__module__ == "numpy":
+        form = packed_tensor(torch.as_tensor(value), blocks)
+        return ["numpy", form, bool(getattr(value, "ndim", 0))]
+    return ["other", type(value).__name__]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacked
+class Lost(Exception):
+    "A student's process has ended, or sends what is no answer."
+
+
+class Other:
+    "What a student returned instead of data: the name of its type."
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __repr__(self):
+        return f"<{self.kind}>"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacked-demand
+def demand(holds: bool, what: str) -> None:
+    "Raises Lost unless a condition holds."
+    if not holds:
+        message = f"no answer: {what}"
+        raise Lost(message)
+
+
+def unpacked_tensor(
+    block: bytes, kind: str, shape: list[int], graded: bool
+) -> torch.Tensor:
+    "A tensor from its numbers. Raises Lost if they do not fit."
+    demand(kind in NUMBERS, "an unknown type of numbers")
+    dtype = getattr(torch, kind)
+    demand(all(type(n) is int and n >= 0 for n in shape), "a shape that is none")
+    demand(len(block) == math.prod(shape) * dtype.itemsize, "a wrong length")
+    if not block:
+        return torch.empty(shape, dtype=dtype)
+    value = torch.frombuffer(bytearray(block), dtype=dtype).reshape(shape)
+    return value.requires_grad_() if graded is True else value
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacking
+class Plain:
+    "Words and numbers that a student's process has sent, and objects of ours."
+
+    def __init__(self, blocks: list[bytes], known: Mapping[int, Any] = {}):
+        self.blocks = iter(blocks)
+        self.known = known  # number -> the object of ours that has it
+
+    def value(self, form: Any) -> Any:
+        try:
+            kind, *rest = form
+            return getattr(self, f"as_{kind}")(*rest)
+        except Exception as error:
+            message = f"no answer: {error}"
+            raise Lost(message) from None
+
+    def as_plain(self, value: Any) -> Any:
+        demand(value is None or isinstance(value, bool | int | float | str), "no value")
+        return value
+
+    def as_known(self, number: int) -> Any:
+        return self.known[number]
+
+    def as_like(self, number: int, form: list) -> torch.nn.Module:
+        "A copy of a network of ours, with other parameters."
+        network = copy.deepcopy(self.known[number])
+        network.load_state_dict(self.value(form))
+        return network
+
+    def as_other(self, kind: str) -> Other:
+        return Other(str(kind)[:80])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-unpacking-more
+class Unpacking(Plain):
+    "Values from what a student's process has sent. Raises Lost for anything else."
+
+    def as_tensor(self, *form: Any) -> torch.Tensor:
+        return unpacked_tensor(next(self.blocks), *form)
+
+    def as_list(self, forms: list) -> list:
+        return [self.value(form) for form in forms]
+
+    def as_tuple(self, forms: list) -> tuple:
+        return tuple(self.as_list(forms))
+
+    def as_set(self, forms: list) -> set:
+        return set(self.as_list(forms))
+
+    def as_dict(self, pairs: list) -> dict:
+        return dict(self.as_tuple(pair) for pair in pairs)
+
+    def as_numpy(self, form: list, array: bool) -> Any:
+        value = self.value(form).numpy()
+        return value if array else value[()]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-answer
+STATE = (list, dict, set, torch.nn.Module, torch.optim.Optimizer)
+
+
+def keeps_records(value: object) -> bool:
+    "Whether an object of a notebook holds something that a call of it may change."
+    held = []
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+    elif isinstance(value, types.BuiltinMethodType):
+        held = [value.__self__]
+    elif type(value).__module__ == "__main__":
+        held = list(getattr(value, "__dict__", {}).values())
+    return any(isinstance(part, STATE) for part in held)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-answers
+class Answer:
+    "A function of a student: it runs in the student's process."
+
+    def __init__(self, box: "Calling", name: str):
+        self.box = box
+        self.name = name
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return self.box.call(self.name, given, options)
+
+    @property
+    def __code__(self) -> Any:  # tests look at the names that a function uses
+        return self.box.code(self.name)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-parcel
+class Numbered:
+    "Objects that are sent to a student's process, with a number for each."
+
+    def __init__(self):
+        self.objects: dict[int, Any] = {}  # number -> object
+        self.numbers: dict[int, int] = {}  # its id -> number
+
+    def number(self, value: object) -> int:
+        number = self.numbers.setdefault(id(value), len(self.numbers))
+        self.objects[number] = value
+        return number
+
+    def simple(self, value: Any) -> tuple | None:
+        "What is sent in place of an object that is no network, if something is."
+        if isinstance(value, Answer):
+            return ("answer", value.name)
+        if isinstance(value, torch.Tensor):
+            parameter = isinstance(value, torch.nn.Parameter)
+            nature = (value.requires_grad, parameter)
+            return ("tensor", self.number(value), value.detach().numpy(), *nature)
+        if isinstance(value, torch.Generator):
+            state = value.get_state().numpy()
+            return ("generator", self.number(value), state)
+        return ("remote", self.number(value)) if keeps_records(value) else None
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-pickled
+def pickled(value: object, stand_in: Callable[[Any], tuple | None]) -> bytes:
+    "A pickle in which some objects are replaced by what stands for them."
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def persistent_id(self, obj):
+            return stand_in(obj)
+
+    file = io.BytesIO()
+    Pickler(file).dump(value)
+    return file.getvalue()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wire-parcels
+class Parcel(Numbered):
+    "Arguments for a student's process, and what of them may come back."
+
+    def stand_in(self, value: Any) -> tuple | None:
+        "What is sent in place of an object, if something is."
+        if isinstance(value, torch.nn.Module):  # it may come back, and is known then
+            return ("network", self.number(value), pickled(value, self.simple))
+        return self.simple(value)
+
+    def packed(self, value: object) -> bytes:
+        return pickled(value, self.stand_in)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames-waiting
+LARGEST = 2**28  # bytes of a frame
+LENGTH = struct.Struct("!Q")
+
+
+class Late(BaseException):
+    "A student's process did not answer in time."
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames-waiting-wait
+def wait(reads: list[int], writes: list[int], until: float) -> None:
+    "Waits until a file descriptor is ready. Raises Late at a time of the clock."
+    left = until - time.monotonic()
+    if left <= 0 or not any(select.select(reads, writes, [], left)):
+        raise Late
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames-sent
+def send(file: int, content: bytes, until: float = math.inf) -> None:
+    "Writes a frame. Raises Late, or Lost if nobody reads."
+    rest = memoryview(LENGTH.pack(len(content)) + content)
+    while rest:
+        if until < math.inf:
+            wait([], [file], until)
+        try:
+            rest = rest[os.write(file, rest[:65536]) :]
+        except OSError:
+            raise Lost("nobody reads") from None
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames
+def receive_bytes(file: int, size: int, until: float) -> bytes:
+    parts = []
+    while size:
+        if until < math.inf:
+            wait([file], [], until)
+        part = os.read(file, min(size, 2**20))
+        if not part:
+            raise Lost("it has ended")
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def receive(file: int, until: float = math.inf) -> bytes:
+    "Reads a frame. Raises Late, or Lost if there is none or it is too long."
+    (size,) = LENGTH.unpack(receive_bytes(file, LENGTH.size, until))
+    demand(size <= LARGEST, "more than can be taken")
+    return receive_bytes(file, size, until)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames-of-data
+def joined_blocks(head: object, blocks: list[bytes]) -> bytes:
+    "JSON and blocks in one frame."
+    text = json.dumps([[len(block) for block in blocks], head]).encode()
+    return b"".join([LENGTH.pack(len(text)), text, *blocks])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #frames-of-data-split_blocks
+def split_blocks(content: bytes) -> tuple[Any, list[bytes]]:
+    "The JSON and the blocks of a frame. Raises Lost if it is none."
+    try:
+        (size,) = LENGTH.unpack_from(content)
+        place = LENGTH.size + size
+        sizes, head = json.loads(content[LENGTH.size : place])
+        blocks = []
+        for length in sizes:
+            blocks.append(content[place : place + length])
+            place += length
+        return head, blocks
+    except Exception as error:
+        message = f"no answer: {type(error).__name__}"
+        raise Lost(message) from None
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-remote
+class Remote:
+    "Something that stayed with the tests; a call of it is sent there."
+
+    def __init__(self, far: "Far", number: int, path: tuple[str, ...] = ()):
+        self._far = far
+        self._place = (number, path)
+
+    def __getattr__(self, name: str) -> "Remote":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        number, path = self._place
+        return Remote(self._far, number, (*path, name))
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return self._far.call_back(self._place, given, options)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-unpickler
+class Unpickler(pickle.Unpickler):
+    "Takes arguments out of a parcel, in the student's process."
+
+    def __init__(self, far: "Far", content: bytes):
+        super().__init__(io.BytesIO(content))
+        self.far = far
+
+    def persistent_load(self, pid: tuple) -> Any:
+        kind, key, *rest = pid
+        if kind == "answer":
+            return self.far.names[key]
+        if key not in self.far.objects:
+            self.far.objects[key] = getattr(self, f"new_{kind}")(key, *rest)
+        return self.far.objects[key]
+
+    def new_remote(self, key: int) -> Remote:
+        return Remote(self.far, key)
+
+    def new_tensor(self, key: int, numbers: Any, graded: bool, parameter: bool) -> Any:
+        value = torch.as_tensor(numbers).clone()
+        if parameter:
+            return torch.nn.Parameter(value, graded)
+        return value.requires_grad_(graded)
+
+    def new_network(self, key: int, content: bytes) -> torch.nn.Module:
+        return Unpickler(self.far, content).load()
+
+    def new_generator(self, key: int, state: Any) -> torch.Generator:
+        generator = torch.Generator()
+        generator.set_state(torch.as_tensor(state).clone())
+        return generator
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-graded
+def is_graded(value: object) -> bool:
+    "Whether it is a tensor that a gradient goes through."
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def in_order(objects: Mapping[int, Any]) -> list[torch.Tensor]:
+    "The tensors among numbered objects that a gradient goes through."
+    return [objects[number] for number in sorted(objects) if is_graded(objects[number])]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-graded-graded_in
+def graded_in(value: Any) -> list[torch.Tensor]:
+    "The same among the parts of a result, in their order."
+    if is_graded(value):
+        return [value]
+    parts = list(value.values()) if isinstance(value, dict) else value
+    found = []
+    if isinstance(parts, list | tuple):
+        for part in parts:
+            found += graded_in(part)
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-code
+def names_used(code: types.CodeType) -> list:
+    "The names in a compiled function, and lists of those in functions inside it."
+    inner = [names_used(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [list(code.co_names), inner]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-code-code_of
+def code_of(names: Any) -> types.SimpleNamespace:
+    "The same in the form of a function's code."
+    used, inner = names
+    parts = tuple(code_of(part) for part in inner)
+    return types.SimpleNamespace(co_names=tuple(used), co_consts=parts)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-back
+def same_shapes(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    "Whether two networks have the same parameters, but for their values."
+    a = {name: value.shape for name, value in one.state_dict().items()}
+    return a == {name: value.shape for name, value in other.state_dict().items()}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-back-sent_back
+def sent_back(value: Any, blocks: list[bytes], objects: Mapping[int, Any]) -> list:
+    "How an object goes back that came from the tests; a network also as a copy."
+    network = isinstance(value, torch.nn.Module)
+    if not network and not isinstance(value, Remote):
+        return []
+    for number, mine in objects.items():
+        if mine is value:
+            return ["known", number]
+        if network and type(mine) is type(value) and same_shapes(mine, value):
+            return ["like", number, packed(dict(value.state_dict()), blocks)]
+    return []
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far
+class Far:
+    "The conversation with the tests, as a student's process sees it."
+
+    def __init__(self, requests: int, replies: int, shell: Any):
+        self.requests = requests
+        self.replies = replies
+        self.shell = shell
+        self.names: dict[str, Any] = shell.user_ns
+        self.objects: dict[int, Any] = {}  # of the last call, by number
+        self.results: list[torch.Tensor] = []  # that a gradient goes through
+        self.refused: list[str] = []  # what the guard has refused
+
+    def send(self, head: dict, *values: object) -> None:
+        "Sends a message, with values as data."
+        blocks: list[bytes] = []
+        special = partial(sent_back, objects=self.objects)
+        head["values"] = [packed(value, blocks, special) for value in values]
+        head["refused"] = self.refused[:20]
+        send(self.replies, joined_blocks(head, blocks))
+
+    def call_back(self, place: tuple, given: tuple, options: dict) -> Any:
+        "Calls something that stayed with the tests."
+        self.send({"call": place}, given, options)
+        error, content = pickle.loads(receive(self.requests))
+        if error:
+            raise RuntimeError(error)
+        return Unpickler(self, content).load()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-outcome
+def outcome_of(error: BaseException | None) -> list[str] | None:
+    "The name and the words of an exception."
+    if error is None:
+        return None
+    words = str(error).encode("utf-8", "replace").decode()
+    return [type(error).__name__, words[:2000]]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-outcome-optimisers_in
+def optimisers_in(given: tuple, options: Mapping[str, Any]) -> list[Any]:
+    "Those among the arguments of a call."
+    values = [*given, *options.values()]
+    return [value for value in values if isinstance(value, torch.optim.Optimizer)]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-versions
+def versions(objects: Mapping[int, Any]) -> dict[int, Any]:
+    "What tells whether numbered tensors and generators have been changed."
+    found = {}
+    for number, value in objects.items():
+        if isinstance(value, torch.Tensor):
+            found[number] = value._version
+        elif isinstance(value, torch.Generator):
+            found[number] = value.get_state().tolist()
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-versions-as_data
+def as_data(value: Any) -> torch.Tensor:
+    "A tensor, or the state of a generator."
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-verbs
+class Verbs(Far):
+    "What the tests may ask of a student's process."
+
+    def run(self, source: str) -> None:
+        "A cell of the notebook."
+        result = self.shell.run_cell(source, store_history=False)
+        if error := result.error_before_exec or result.error_in_exec:
+            raise error
+
+    def inside(self, source: str) -> None:
+        "A test that has to run here."
+        exec(compile(source, "<cell>", "exec", optimize=0), self.names)
+
+    def erase(self, *names: str) -> None:
+        "Takes things away that an answer must not use."
+        self.names.update(dict.fromkeys(names))
+
+    def code(self, name: str) -> list:
+        "The names that a function uses, and those of functions inside it."
+        return names_used(self.names[name].__code__)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #far-calls
+class Answering(Verbs):
+    "Calls of a student's functions, in the student's process."
+
+    def call(self, name: str, content: bytes) -> tuple:
+        "The result of an answer, and what it did to its arguments."
+        self.objects.clear()
+        given, options = Unpickler(self, content).load()
+        before = versions(self.objects)
+        result = self.names[name](*given, **options)
+        after = versions(self.objects)
+        touched = [key for key in before if after[key] != before[key]]
+        changed = {key: as_data(self.objects[key]) for key in touched}
+        learned = [o.state_dict() for o in optimisers_in(given, options)]
+        self.results = graded_in(result)
+        return result, changed, learned
+
+    def gradient(self, number: int, direction: Any) -> list:
+        "How a result changes with the tensors that were given."
+        ways = {"retain_graph": True, "allow_unused": True}
+        leaves = in_order(self.objects)
+        result = self.results[number]
+        along = torch.as_tensor(direction)
+        return list(torch.autograd.grad(result, leaves, along, **ways))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #guard
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = (
+    *("remove", "rename", "mkdir", "rmdir", "link", "symlink", "truncate"),
+    *("chmod", "chown", "utime", "setxattr", "removexattr"),
+)
+PROGRAMS = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"),
+    *("os.posix_spawn", "os.spawn", "pty.spawn", "os.kill", "os.killpg"),
+)
+NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
+
+
+def below(path: str, folders: Sequence[str]) -> bool:
+    "Whether a path is one of these folders or lies in one."
+    return any(path == f or path.startswith(f.rstrip("/") + "/") for f in folders)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #guard-judges
+def fault_of_event(
+    event: str,  # of Python's auditing
+    args: tuple,
+    own: list[str],  # folders to write in
+    closed: Sequence[str],  # folders to keep out of
+) -> str:
+    "Why the guard refuses something; empty if it does not."
+    if event in PROGRAMS or event in NETWORK:
+        return f"{event} {args[0] if args else ''}"
+    changes = event.startswith("os.") and event[3:] in CHANGES
+    if event not in ("open", "os.listdir", "os.scandir") and not changes:
+        return ""
+    flags = args[2] if event == "open" and isinstance(args[2], int) else 0
+    for path in args[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+        if not isinstance(path, str | bytes | os.PathLike):
+            continue  # a file that is open already
+        real = os.path.realpath(os.fsdecode(path))
+        if below(real, closed):
+            return f"{event} {os.path.basename(real)}"
+        if (changes or flags & WRITES) and not below(real, own):
+            return f"writing {real}"
+    return ""
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #guard-set
+ASKED_BY_LIBRARIES = ("fc-list", "lscpu", "uname", "ldconfig")  # programs
+
+
+def set_guard(far: Far, own: list[str], closed: Sequence[str]) -> None:
+    "Refuses with PermissionError, from now on, what a student's code must not do."
+
+    def guard(event: str, args: tuple) -> None:
+        fault = fault_of_event(event, args, own, closed)
+        if fault and not fault.endswith(ASKED_BY_LIBRARIES):
+            far.refused.append(fault[:200])
+        if fault:
+            message = f"not allowed while an assignment is marked: {fault}"
+            raise PermissionError(message)
+
+    sys.addaudithook(guard)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #limits-of-system
+GIGABYTE = 2**30
+LIMITS = {  # of the system, for a student's process
+    "RLIMIT_DATA": 4 * GIGABYTE,
+    "RLIMIT_FSIZE": GIGABYTE // 8,
+    "RLIMIT_CORE": 0,
+    "RLIMIT_NOFILE": 512,
+}
+
+
+def set_limits() -> None:
+    "Bounds memory and files of this process, for good."
+    import resource
+
+    for name, value in LIMITS.items():
+        kind = getattr(resource, name, None)
+        if kind is None:
+            continue
+        most = resource.getrlimit(kind)[1]
+        if most != resource.RLIM_INFINITY:
+            value = min(value, most)
+        resource.setrlimit(kind, (value, value))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #clock
+class TooLong(BaseException):
+    "A cell of a student has had its time."
+
+
+def rung(number: int, frame: Any) -> None:
+    raise TooLong
+
+
+@contextlib.contextmanager
+def clocked(seconds: float) -> Iterator[None]:
+    "Interrupts what takes longer, again and again if it goes on."
+    signal.signal(signal.SIGALRM, rung)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #answering-shell
+def new_shell() -> Any:
+    "IPython without a history: it knows magics, as a notebook does."
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    return InteractiveShell.instance(config=config)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #answering-once
+def answer(verbs: Answering, verb: str, seconds: float, given: tuple) -> None:
+    "Does what a message asks for, and sends what came of it."
+    error = None
+    values = []
+    try:
+        with clocked(seconds):
+            values = [getattr(verbs, verb)(*given)]
+    except BaseException as raised:
+        error = raised
+    try:
+        verbs.send({"error": outcome_of(error)}, *values)
+    except Exception as raised:  # what was returned cannot be sent
+        verbs.send({"error": outcome_of(raised)})
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #answering-all
+def answering() -> None:
+    "The whole life of a student's process."
+    requests = os.dup(0)
+    replies = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(nothing, file)
+    own, closed = pickle.loads(receive(requests))
+    set_limits()
+    verbs = Answering(requests, replies, new_shell())
+    set_guard(verbs, own, closed)
+    while True:
+        verb, seconds, given = pickle.loads(receive(requests))
+        answer(verbs, verb, seconds, given)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wrap
+SYSTEM = (
+    *("usr", "lib", "lib64", "bin", "sbin", "etc/ld.so.cache", "etc/fonts"),
+    *("etc/ld.so.conf", "etc/ld.so.conf.d", "etc/alternatives", "etc/localtime"),
+)
+
+
+def site_folders() -> list[str]:
+    "Where packages are installed."
+    return [*site.getsitepackages(), site.getusersitepackages()]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-python_paths
+def python_paths() -> list[str]:
+    "Folders that Python needs, without those that lie in another."
+    package = package_root()
+    folders = [sys.prefix, sys.base_prefix, str(package)]
+    folders += [folder for folder in sys.path if folder in site_folders()]
+    folders += [f"/{name}" for name in SYSTEM]
+    folders += [os.path.realpath(folder) for folder in folders]
+    return sorted({folder for folder in folders if os.path.exists(folder)}, key=len)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-words
+def wrapped(
+    command: list[str],
+    own: Path,  # folder
+    closed: Sequence[str],  # folders that must not be seen
+) -> list[str]:
+    "A command in bubblewrap: no network, its own folder, Python's to read."
+    words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
+    words += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    for folder in python_paths():
+        words += ["--ro-bind", folder, folder]
+    for folder in closed:
+        if below(folder, python_paths()) and os.path.isdir(folder):
+            words += ["--tmpfs", folder]
+    words += ["--bind", str(own), str(own), "--chdir", str(own)]
+    words += ["--remount-ro", "/dev", "--remount-ro", "/tmp"]
+    return [*words, "--", *command]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #wrap-works
+@cache
+def can_wrap() -> bool:
+    "Whether bubblewrap is installed and the system lets it work."
+    if not sys.platform.startswith("linux") or not shutil.which("bwrap"):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", "import json"]
+        try:
+            done = subprocess.run(
+                wrapped(command, Path(folder), []), capture_output=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #sweep
+def processes() -> dict[int, tuple[int, int]]:
+    "The parent of each process of this machine, and its pages of memory."
+    table = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "stat").read_text(errors="replace").rpartition(")")[2]
+        except OSError:
+            continue  # it has just ended
+        fields = words.split()
+        table[int(folder.name)] = (int(fields[1]), int(fields[21]))
+    return table
+
+
+def descendants(
+    roots: set[int], table: Mapping[int, tuple[int, int]]
+) -> set[int]:  # process ids, the roots among them
+    "The processes that these have started, and those that they have."
+    found = set(roots) & set(table)
+    new = found
+    while new:
+        new = {pid for pid, (parent, _) in table.items() if parent in new} - found
+        found = found | new
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-children
+def children() -> set[int]:
+    "The processes whose parent is this one."
+    me = os.getpid()
+    return {pid for pid, (parent, _) in processes().items() if parent == me}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-children-adopt
+def adopt() -> None:
+    "Makes this process the parent of what its children leave behind, on Linux."
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #sweep-all
+def sweep(others: set[int]) -> None:
+    "Ends all children of this process but the others, with all that they started."
+    for _ in range(200):
+        strays = descendants(children() - others, processes())
+        if not strays:
+            return
+        for pid in strays:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in strays:
+            with contextlib.suppress(OSError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+    message = "a process of a student could not be ended. Restart the machine."
+    raise GradingError(message)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #watch
+MOST_MEMORY = 3 * GIGABYTE  # of all processes of a student together
+MOST_PROCESSES = 64
+MOST_FILES = GIGABYTE // 4  # bytes in the student's folder
+
+
+def size_of(folder: Path) -> int:
+    "Bytes of the files in a folder."
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(path, name)).st_size
+    return size
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #watch-excess
+def excess(pid: int, others: set[int], folder: Path) -> str:
+    "What a student's processes use too much of; empty if nothing."
+    table = processes()
+    pids = descendants((children() - others) | {pid}, table)
+    pages = sum(table[pid][1] for pid in pids)
+    if len(pids) > MOST_PROCESSES:
+        return "too many processes"
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        return "too much memory"
+    if size_of(folder) > MOST_FILES:
+        return "too many files"
+    return ""
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-start
+BOOT = "import sys; sys.path[:0] = sys.argv[1:]; "
+BOOT += "from soflow_edu.grading import answering; answering()"
+
+
+def scripts_first(path: str) -> str:
+    "A search path that begins with the scripts of this Python's environment."
+    return os.pathsep.join([str(Path(sys.executable).parent), path])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-start-clean_environment
+def clean_environment(own: Path) -> dict[str, str]:
+    "What a student's process is told: nothing of ours but where programs are."
+    kept = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TZ", "SYSTEMROOT")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    home = str(own)
+    return environment | {
+        "PATH": scripts_first("/usr/local/bin:/usr/bin:/bin"),
+        "LANG": "C.UTF-8",
+        "HOME": home,
+        "TMPDIR": home,
+        "IPYTHONDIR": home,
+        "MPLCONFIGDIR": home,
+        "MPLBACKEND": "agg",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-process
+def start_process(own: Path, closed: Sequence[str], wrap: bool) -> subprocess.Popen:
+    "A student's process, in a session of its own."
+    paths = [folder for folder in sys.path if folder in site_folders()]
+    paths.insert(0, str(package_root().parent))
+    command = [sys.executable, "-s", "-c", BOOT, *paths]
+    if wrap:
+        command = wrapped(command, own, closed)
+    return subprocess.Popen(
+        command,
+        cwd=own,
+        env=clean_environment(own),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@cache
+def font_list() -> Path | None:
+    "Matplotlib's list of fonts, which takes long to make."
+    from matplotlib import font_manager, get_cachedir
+
+    del font_manager  # which makes it
+    files = Path(get_cachedir()).glob("fontlist-*.json")
+    return next(files, None)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box
+STARTING = 300  # seconds that imports may take on a slow machine
+GRACE = 5  # seconds between the interruption of a cell and the end of its process
+
+
+class Box:
+    "A student's process and its folder, from outside."
+
+    def __init__(self, closed: Sequence[str], wrap: bool):
+        self.own = Path(os.path.realpath(tempfile.mkdtemp(prefix="submission-")))
+        self.others = children()
+        self.trouble = ""  # why the watch has ended it
+        self.refused: set[str] = set()  # what the guard has refused
+        self.until = math.inf  # when the present question must be done
+        self.parcel = Parcel()
+        if fonts := font_list():
+            shutil.copy(fonts, self.own)
+        self.process = start_process(self.own, closed, wrap)
+        assert self.process.stdin and self.process.stdout
+        self.requests = self.process.stdin
+        self.replies = self.process.stdout
+        kept = [*closed, f"/proc/{os.getpid()}"]
+        own = [str(self.own), os.devnull, "/dev/shm"]
+        self.write(pickle.dumps((own, kept)), time.monotonic() + STARTING)
+
+    def write(self, content: bytes, until: float) -> None:
+        send(self.requests.fileno(), content, until)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-watched
+class Watched(Box):
+    "The same with a watch, and with an end."
+
+    def __enter__(self) -> Self:
+        self.ended = threading.Event()
+        self.watch = threading.Thread(target=self.look, daemon=True)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.kill()
+        self.requests.close()
+        self.replies.close()
+        self.process.wait()
+        self.watch.join()
+        sweep(self.others)
+        shutil.rmtree(self.own, ignore_errors=True)
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def look(self) -> None:
+        "Watches what the process uses, and ends it if that is too much."
+        while not self.trouble and not self.ended.wait(0.2):
+            self.trouble = excess(self.process.pid, self.others, self.own)
+        if self.trouble:
+            self.kill()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-stopped
+class Stopped(Exception):
+    "An exception in a student's code."
+
+    def __init__(self, name: str, words: str):
+        super().__init__(words)
+        self.name = name
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-stopped-call_of_ours
+def call_of_ours(parcel: Parcel, place: Any, values: list) -> bytes:
+    "What something of the tests returns to a student's process."
+    try:
+        number, path = place
+        action = parcel.objects[number]
+        demand(keeps_records(action), "no function")
+        demand(not any(name.startswith("_") for name in path), "no public name")
+        for name in path:
+            action = getattr(action, name)
+        given, options = values
+        answer = ("", parcel.packed(action(*given, **options)))
+    except Exception as error:
+        answer = (f"{type(error).__name__}: {error}", b"")
+    return pickle.dumps(answer)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-talk
+class Talking(Watched):
+    "What a student's process is asked, and what it answers."
+
+    def message(self, until: float) -> tuple[dict, list]:
+        "The next message from there, and the values in it. Raises Lost or Late."
+        head, blocks = split_blocks(receive(self.replies.fileno(), until))
+        demand(isinstance(head, dict), "no message")
+        words = list(head.get("refused") or [])[:20]
+        self.refused.update(str(word)[:200] for word in words)
+        return head, Unpacking(blocks, self.parcel.objects).as_list(head["values"])
+
+    def ask(self, verb: str, seconds: float, *given: object) -> Any:
+        "The answer to a message. Raises Stopped, Late or Lost."
+        until = time.monotonic() + seconds + GRACE
+        self.write(pickle.dumps((verb, seconds, given)), until)
+        head, values = self.message(until)
+        while "call" in head:
+            self.write(call_of_ours(self.parcel, head["call"], values), until)
+            head, values = self.message(until)
+        if error := head.get("error"):
+            name, said = map(str, error)
+            raise Stopped(name, said)
+        demand(len(values) == 1, "no value")
+        return values[0]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-crossing
+class Crossing(torch.autograd.Function):
+    "Where a gradient goes through a student's process."
+
+    @staticmethod
+    def forward(ctx, box, number, value, *inputs):
+        ctx.call = (box, box.parcel, number)
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        box, parcel, number = ctx.call
+        return None, None, None, *box.gradient(parcel, number, gradients[0])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-crossed
+def crossed(value: Any, box: Any, inputs: list[torch.Tensor], count: Iterator) -> Any:
+    "A result whose tensors have gradients with respect to the arguments."
+    if is_graded(value):
+        return Crossing.apply(box, next(count), value, *inputs)
+    if isinstance(value, list | tuple):
+        return type(value)(crossed(part, box, inputs, count) for part in value)
+    if isinstance(value, dict):
+        return {key: crossed(v, box, inputs, count) for key, v in value.items()}
+    return value
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-changed
+def change(objects: Mapping[int, Any], changed: Mapping[int, torch.Tensor]) -> None:
+    "Does to our tensors and generators what was done to the student's."
+    for number, value in changed.items():
+        mine = objects[number]
+        if isinstance(mine, torch.Generator):
+            mine.set_state(value)
+            continue
+        demand(mine.shape == value.shape, "a tensor of another shape")
+        with torch.no_grad():
+            mine.copy_(value)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-timed
+class Timed(Talking):
+    "Questions that have to be answered by a given time."
+
+    def left(self) -> float:
+        "Seconds until the present question must be done. Raises Late."
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise Late
+        return min(left, STARTING)
+
+    def code(self, name: str) -> types.SimpleNamespace:
+        "The names that a student's function uses."
+        names = self.ask("code", self.left(), name)
+        try:
+            return code_of(names)
+        except (TypeError, ValueError):
+            raise Lost("no names") from None
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #box-call
+class Calling(Timed):
+    "Calls of a student's functions."
+
+    def call(self, name: str, given: tuple, options: dict) -> Any:
+        "What an answer returns; its arguments are changed as it has changed them."
+        self.parcel = Parcel()
+        content = self.parcel.packed((given, options))
+        reply = self.ask("call", self.left(), name, content)
+        demand(isinstance(reply, tuple) and len(reply) == 3, "no result")
+        result, changed, learned = reply
+        change(self.parcel.objects, changed)
+        mine = optimisers_in(given, options)
+        for optimiser, state in zip(mine, learned, strict=True):
+            optimiser.load_state_dict(state)
+        inputs = in_order(self.parcel.objects)
+        return crossed(result, self, inputs, count()) if inputs else result
+
+    def gradient(self, parcel: Parcel, number: int, direction: torch.Tensor) -> list:
+        "The gradient of a result of the last call."
+        if parcel is not self.parcel:
+            message = "a test takes the gradient of a result after another call"
+            raise GradingError(message)
+        values = self.ask("gradient", self.left(), number, direction.numpy())
+        demand(isinstance(values, list), "no gradient")
+        return values
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #a2d1af19
 FORGET = """import sys
 for name in [name for name in sys.modules if name.split('.')[0] == 'soflow_edu']:
@@ -1204,37 +2326,7 @@ def prelude(cells: list[dict], student: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #11a96303
-def ended_output() -> Any:
-    "The output that stands for a cell that ended or blocked the process."
-    from nbformat.v4 import new_output
-
-    said = "this cell ended or blocked the process"
-    return new_output("error", ename="Ended", evalue=said, traceback=[said])
-
-
-def skipping(execute: Any) -> Any:
-    "A preprocessor that leaves out the cells in `blocked`, and enters what timed out."
-
-    class Skipping(execute):
-        blocked: dict[int, Any]  # index of a cell -> the error that it counts as
-        at: int | None  # index of the cell that runs
-
-        def preprocess_cell(self, cell, resources, index):
-            if index in self.blocked:
-                cell.outputs = [self.blocked[index]]
-                return cell, resources
-            self.at = index
-            super().preprocess_cell(cell, resources, index)
-            for output in cell.outputs:
-                if output.get("ename") == "CellTimeoutError":
-                    self.blocked[index] = output
-            return cell, resources
-
-    return Skipping
-
-
-# %% ../nbs/4_practice/01_grading.ipynb #249e4245
+# %% ../nbs/4_practice/01_grading.ipynb #limits
 def limits(
     cells: list[dict],
     seconds: float,  # for a cell of a student
@@ -1244,67 +2336,231 @@ def limits(
     early = {id(cell) for cell in cells[: next(answers, 0)]}
 
     def limit(cell: dict) -> float:
-        return 300 if id(cell) in early else seconds
+        return STARTING if id(cell) in early else seconds
 
     return limit
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #005a5788
-def rerunning(execute: Any, seconds: float) -> Any:
-    "A preprocessor that survives endless loops and dying kernels."
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+# %% ../nbs/4_practice/01_grading.ipynb #names-in-cells
+def functions_in(source: str) -> list[str]:
+    "The names of the functions that a cell defines."
+    nodes = ast.parse(source).body
+    return [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
 
-    class Rerunning(skipping(execute)):
-        def preprocess(self, nb, resources, km=None):
-            self.blocked = {}
+
+# %% ../nbs/4_practice/01_grading.ipynb #names-in-cells-erased_by
+def erased_by(source: str) -> list[str]:
+    "The names that a test sets to None, so that no answer can use them."
+    return re.findall(r"^(\w+) = None\b", source, flags=re.M)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #told
+def told(action: Callable, *given: Any) -> list[str] | None:
+    "Name and words of the exception in which an action ends; None if it does not."
+    try:
+        action(*given)
+    except (Lost, GradingError):
+        raise
+    except Stopped as error:
+        return [error.name, str(error)]
+    except Exception as error:
+        return outcome_of(error)
+    return None
+
+
+def prove(box: Calling) -> None:
+    "Raises GradingError unless tests fail in a process as they should."
+    for verb in ("run", "inside"):
+        if told(box.ask, verb, STARTING, "assert True") is not None:
+            raise GradingError("the process for student code runs nothing")
+        failed = told(box.ask, verb, STARTING, "assert False")
+        if not failed or failed[0] != "AssertionError":
+            raise GradingError("'assert False' does not fail: no mark can be trusted")
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #examination
+class Examination:
+    "A submission on its way through a process of its own, and through the tests."
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        cells: list[dict],  # as restored by nbgrader
+        student: str,
+        seconds: float,  # for a cell of a student
+        closed: Sequence[str],  # folders that student code must not see
+    ):
+        self.cells = cells
+        self.student = student
+        self.seconds = seconds
+        self.closed = closed
+        self.limit = limits(cells, seconds)
+        self.end = time.monotonic() + 2 * STARTING + 40 * seconds
+        self.at: int | None = None  # index of the student's cell that runs
+        self.errors: dict[int, list[str] | None] = {}  # of each cell that was run
+        self.settled: set[int] = set()  # cells that are not run again
+        self.remarks: set[str] = set()
+        self.questions: dict[str, Question] = {}  # by nbgrader's name of a cell
+        for q in assignment.questions:
+            self.questions |= {q.answer_name: q, q.graded_name: q}
+
+    def question(self, cell: dict) -> Question | None:
+        "The question whose answer or tests a cell is."
+        return self.questions.get(tag_of(cell).get("grade_id", ""))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-tests
+class Testing(Examination):
+    "What is done at a cell with tests."
+
+    def test(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
+        "Runs the tests of a question; why it was not passed, or None."
+        source = cell["source"]
+        q = self.question(cell)
+        if q and "inside" in directives(source):
+            return self.test_inside(box, source, q)
+        box.until = time.monotonic() + self.seconds
+        box.ask("erase", self.seconds, *erased_by(source))
+        return told(run_quietly, source, space)
+
+    def test_inside(self, box: Calling, source: str, q: Question) -> list[str] | None:
+        "The same in the student's process, where a wrong answer must then fail."
+        source = prelude(self.cells, self.student) + source
+        if error := told(box.ask, "inside", self.seconds, source):
+            return error
+        box.ask("inside", self.seconds, next(iter(q.wrong.values())))
+        if told(box.ask, "inside", self.seconds, source):
+            return None
+        self.remarks.add(f"question {q.number}: its tests pass for a wrong answer too")
+        return ["Tampered", "the tests do not test"]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-kinds-of-cells
+def is_ours(cell: dict, student: str) -> bool:
+    "Whether no line of a cell is the student's."
+    named = cell["source"] == f"identifier = {student!r}"
+    return named or bool(tag_of(cell).get("locked"))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-kinds-of-cells-is_skipped
+def is_skipped(cell: dict) -> bool:
+    "Whether a cell is text, or a figure, which earns nothing."
+    return cell["cell_type"] != "code" or cell["source"].lstrip().startswith("@attempt")
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-cells
+class Stepping(Testing):
+    "What is done at each cell."
+
+    def run(self, box: Calling, space: dict, cell: dict) -> list[str] | None:
+        "Runs a cell that is no test, there and, if it is ours, here."
+        error = told(box.ask, "run", self.limit(cell), cell["source"])
+        box.until = time.monotonic() + self.limit(cell)
+        q = self.question(cell)
+        if q and not q.written:
+            for name in functions_in(q.answer["source"]):
+                space[name] = Answer(box, name)
+        elif is_ours(cell, self.student) and is_rehearsed(cell):
+            told(run_quietly, cell["source"], space)
+        return error
+
+    def step(self, box: Calling, space: dict, k: int) -> list[str] | None:
+        "Runs a cell, and settles a test; why it stopped, or None."
+        if time.monotonic() > self.end:
+            return ["Late", "no time is left"]
+        cell = self.cells[k]
+        if not tag_of(cell).get("grade"):
+            return self.run(box, space, cell)
+        error = self.test(box, space, cell)
+        self.settled.add(k)
+        return error
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-walk
+class Walking(Stepping):
+    "The way from the first cell to the last."
+
+    def go(self, box: Calling) -> None:
+        "Runs all that is not settled. Raises GradingError for a fault of ours."
+        space = {"__name__": "__main__", "identifier": self.student}
+        trusted = True  # until the first line of a student
+        for k, cell in enumerate(self.cells):
+            if is_skipped(cell) or k in self.settled:
+                continue
+            trusted = trusted and is_ours(cell, self.student)
+            self.at = None if trusted else k
+            error = self.step(box, space, k)
+            self.errors[k] = error
+            if trusted and error:
+                message = f"a given cell stops with {': '.join(error)}"
+                raise GradingError(message)
+
+    def block(self, box: Calling, error: BaseException) -> None:
+        "Enters the cell at which the process ended, which is not run again."
+        if self.at is None:
+            message = f"the process for student code did not begin: {error}"
+            raise GradingError(message)
+        if box.trouble:
+            self.remarks.add(box.trouble)
+        self.errors[self.at] = [type(error).__name__, "the process was ended"]
+        self.settled.add(self.at)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #exam-take
+class Examining(Walking):
+    "All of it."
+
+    def take(self) -> None:
+        "Runs it all, as often as it takes. Raises GradingError for a fault of ours."
+        for _ in range(len(self.cells) + 1):
             self.at = None
-            self.timeout_func = limits(nb.cells, seconds)
-            while True:
-                for cell in nb.cells:
-                    if cell.cell_type == "code":
-                        cell.update(no_outputs())
+            with Calling(self.closed, can_wrap()) as box:
                 try:
-                    return super().preprocess(nb, resources)
-                except (DeadKernelError, CellTimeoutError):
-                    if self.at is None or self.at in self.blocked:
-                        raise
-                    self.blocked[self.at] = ended_output()
-
-        def start_new_kernel(self, **options):
-            super().start_new_kernel(stderr=subprocess.DEVNULL, **options)
-
-    return Rerunning
+                    prove(box)
+                    self.go(box)
+                    return
+                except (Lost, Late) as error:
+                    self.block(box, error)
+                finally:
+                    self.remarks |= {f"refused: {what}" for what in box.refused}
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #f282a11e
+# %% ../nbs/4_practice/01_grading.ipynb #error-output
+def error_output(error: list[str]) -> Any:
+    "The output of a cell that stopped."
+    from nbformat.v4 import new_output
+
+    name, words = error
+    return new_output("error", ename=name, evalue=words, traceback=[words])
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #patient
 def patient(
     seconds: float,  # for a cell of a student
     names: Mapping[str, str],  # nbgrader's name of a student -> identifier
 ) -> Any:  # the class of a preprocessor of nbgrader
-    "What runs a student's notebook: with limits of time, and imports before tests."
-    from nbgrader.preprocessors import Execute
+    "What runs a student's notebook for nbgrader."
+    from nbgrader.preprocessors import NbGraderPreprocessor
 
-    class Patient(rerunning(Execute, seconds)):
-        def preprocess(self, nb, resources, km=None):
-            student = names[resources["nbgrader"]["student"]]
-            self.prelude = prelude(nb.cells, student)
-            return super().preprocess(nb, resources)
+    class Patient(NbGraderPreprocessor):
+        assignments: Mapping[str, Assignment] = types.MappingProxyType({})
+        closed: Sequence[str] = ()  # folders that student code must not see
 
-        def preprocess_cell(self, cell, resources, index):
-            figure = cell.source.lstrip().startswith("@attempt")
-            if cell.cell_type != "code" or figure:
-                return cell, resources
-            if not tag_of(cell).get("grade", False):
-                return super().preprocess_cell(cell, resources, index)
-            source = cell.source
-            cell.source = self.prelude + source
-            try:
-                super().preprocess_cell(cell, resources, index)
-            finally:
-                cell.source = source
-            told = [out for out in cell.outputs if out.get("name") != "stderr"]
-            cell.outputs = told
-            return cell, resources
+        def preprocess(self, nb, resources):
+            place = resources["nbgrader"]
+            student = names[place["student"]]
+            a = self.assignments[place["assignment"]]
+            taken = Examining(a, nb.cells, student, seconds, self.closed)
+            taken.take()
+            for k, cell in enumerate(nb.cells):
+                if cell.cell_type == "code":
+                    cell.update(no_outputs())
+                if k in taken.errors:
+                    cell.execution_count = k + 1
+                    error = taken.errors[k]
+                    cell.outputs = [error_output(error)] if error else []
+            nb.metadata["soflow_edu"]["remarks"] = sorted(taken.remarks)
+            return nb, resources
 
     return Patient
 
@@ -1334,7 +2590,13 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #cdf84913
-def nbgrader_api(folder: Path, names: Mapping[str, str], seconds: float) -> Any:
+def nbgrader_api(
+    folder: Path,  # of the course
+    names: Mapping[str, str],  # nbgrader's name of a student -> identifier
+    seconds: float,  # for a cell of a student
+    assignments: list[Assignment],
+    closed: Sequence[str],  # folders that student code must not see
+) -> Any:
     "nbgrader on a course folder. Raises InputError if it is not installed."
     try:
         from nbgrader.apps import NbGraderAPI
@@ -1352,6 +2614,9 @@ def nbgrader_api(folder: Path, names: Mapping[str, str], seconds: float) -> Any:
     config.ClearSolutions.code_stub = {"python": STUB}
     config.ClearSolutions.text_stub = WRITTEN_STUB
     run = patient(seconds, names)
+    run.assignments = {a.name: a for a in assignments}
+    run.closed = closed
+    os.environ["PATH"] = scripts_first(os.environ.get("PATH", os.defpath))
     config.Autograde.autograde_preprocessors = [run, LimitOutput, SaveAutoGrades]
     return NbGraderAPI(config=config)
 
@@ -1379,11 +2644,12 @@ def open_nbgrader(
     assignments: list[Assignment],
     names: Mapping[str, str],  # nbgrader's name of a student -> identifier
     seconds: float,  # for a cell of a student
+    closed: Sequence[str] = (),  # folders that student code must not see
 ) -> Any:
     """nbgrader on a new course folder to which the assignments have been released.
 
     Raises InputError if it is not installed, GradingError if a release fails."""
-    api = nbgrader_api(folder, names, seconds)
+    api = nbgrader_api(folder, names, seconds, assignments, closed)
     for a in assignments:
         place = folder / "source" / a.name / f"{a.name}.ipynb"
         write_notebook(place, instructor_cells(a), a.name)
@@ -1423,9 +2689,11 @@ def reason(error: Mapping[str, Any], q: Question, where: str = "a test") -> str:
     texts = re.findall(r"(['\"])(.*?)\1", q.tests["source"])
     if name == "AssertionError" and said and said in {text for _, text in texts}:
         return said
-    if name in ("CellTimeoutError", "KeyboardInterrupt"):
+    if name in ("TooLong", "Late", "KeyboardInterrupt"):
         return "your code did not end in time"
-    if name == "Ended":
+    if name == "Tampered":
+        return "its tests were interfered with"
+    if name == "Lost":
         return "your code ended or blocked the process"
     if name == "AssertionError" and where == "a test":
         return "a test did not hold"
@@ -1453,6 +2721,8 @@ KNOWN = "math|numpy|torch|scipy|sklearn|matplotlib|soflow_edu"
 PATTERNS = (
     # files, and code made from text
     r"(?<![.\w])(?:open|exec|eval|setattr|globals|__import__)\(",
+    # the solved notebooks
+    r"\bread_(?:course|assignment|notebook)\b",
     # other modules
     rf"^\s*(?:import|from)\s+(?!(?:{KNOWN})\b)\w+",
     # parts of a library replaced
@@ -1508,6 +2778,7 @@ def read_marks(
     "The marks in nbgrader's database, if they were earned. Raises GradingError."
     cells = named_cells(notebook["cells"])
     result = Result(student, {}, notes=notes)
+    result.look = list(notebook["metadata"]["soflow_edu"].get("remarks", []))
     with api.gradebook as gradebook:
         for q in assignment.questions:
             place = (q.graded_name, assignment.name, assignment.name, name)
@@ -1547,30 +2818,55 @@ def autograde(
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #5d3769f1
+class Staged(NamedTuple):
+    "A submission as read, before any of a student's code runs."
+
+    cells: list[dict]
+    notes: list[str]
+    fault: str = ""  # why it is no notebook, and earns nothing
+    failure: str = ""  # why it could not be read, and has no marks
+
+
+def staged_file(assignment: Assignment, path: Path, student: str) -> Staged:
+    "Reads and stages one submission; what goes wrong is its own affair."
+    try:
+        return Staged(*stage(read_notebook(path), student_cells(assignment), student))
+    except Exception as error:
+        said = str(error).replace(str(path), path.name)
+        if isinstance(error, InputError) and not isinstance(error, Damaged):
+            return Staged([], [], fault=said)
+        name = type(error).__name__
+        return Staged([], [], failure=said if name == "Damaged" else f"{name}: {said}")
+
+
+def without_marks(a: Assignment, student: str, why: str, notes: list[str]) -> Result:
+    "A result without marks, and why."
+    return Result(student, same_mark(a, None), notes=notes, failure=why)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #5d3769f1-mark
 def mark(
     api: Any,
     assignment: Assignment,
-    path: Path,  # of the submitted notebook
+    staged: Staged,
     student: str,
     name: str,  # nbgrader's, of the student
 ) -> Result:
-    "Stages, runs and marks one notebook."
-    try:
-        cells, notes = stage(read_notebook(path), student_cells(assignment), student)
-    except InputError as error:
-        said = str(error).replace(str(path), path.name)
-        return Result(student, same_mark(assignment, 0.0), notes=[said])
+    "Runs and marks one submission."
+    if staged.failure:
+        return without_marks(assignment, student, staged.failure, staged.notes)
+    if staged.fault:
+        return Result(student, same_mark(assignment, 0.0), notes=[staged.fault])
     file = f"{assignment.name}.ipynb"
     place = Path(api.coursedir.root) / "submitted" / name / assignment.name / file
-    write_notebook(place, cells, assignment.name)
     try:
-        result = autograde(api, assignment, student, name, notes)
+        write_notebook(place, staged.cells, assignment.name)
+        result = autograde(api, assignment, student, name, staged.notes)
     except Exception as error:
         known = isinstance(error, GradingError)
-        failure = str(error) if known else f"{type(error).__name__}: {error}"
-        nothing = same_mark(assignment, None)
-        return Result(student, nothing, notes=notes, failure=failure)
-    result.look = unusual(cells)
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        return without_marks(assignment, student, why, staged.notes)
+    result.look += unusual(staged.cells)
     return result
 
 
@@ -1601,12 +2897,20 @@ def unguarded(text: str) -> str:
 def write_csv(path: Path, rows: list) -> None:
     "Rows of cells, in the encoding that spreadsheets recognise."
     with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8-sig", newline="") as file:
-            csv.writer(file).writerows(rows)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        temporary.write_bytes(text.getvalue().encode("utf-8-sig", "replace"))
 
 
-def write_written(folder: Path, assignment: Assignment, entries: list[Entry]) -> None:
+def write_written(
+    folder: Path,
+    assignment: Assignment,
+    entries: Iterable[Entry] | Mapping[tuple, tuple],  # {3 fields: the others}
+) -> None:
     "The answers to written questions, with the marks that they have so far."
+    if isinstance(entries, Mapping):
+        pairs: Any = entries.items()
+        entries = [Entry(*three, *two) for three, two in pairs]
     points = {q.number: shown_points(q.points) for q in assignment.questions}
     rows: list[tuple] = [WRITTEN]
     for entry in entries:
@@ -1619,14 +2923,47 @@ def write_written(folder: Path, assignment: Assignment, entries: list[Entry]) ->
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #538a0715
-def read_rows(path: Path) -> list[dict[str, str]]:
-    "A table that a spreadsheet saved, with commas or semicolons."
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = ";" if ";" in file.readline() else ","
-        file.seek(0)
-        return list(csv.DictReader(file, delimiter=delimiter))
+CODE_PAGES = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "latin-1")
 
 
+def known_names(text: str, names: Iterable[str]) -> int:
+    "How many of these names stand in a text."
+    return sum(name in text for name in names)
+
+
+def decoded(
+    content: bytes,
+    names: Iterable[str] = (),  # that stand in it; by them a code page is known
+) -> str:
+    "The text of a table, in whichever encoding a spreadsheet has saved it."
+    zeros = content[:200].count(0)
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", "replace")
+    if zeros:
+        little = content[1] == 0
+        return content.decode("utf-16-le" if little else "utf-16-be", "replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        texts = [content.decode(page, "replace") for page in CODE_PAGES]
+    return max(texts, key=partial(known_names, names=names))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #538a0715-read_rows
+def read_rows(path: Path, names: Iterable[str] = ()) -> list[dict[str, str]]:
+    "A table that a spreadsheet saved, with commas, semicolons or tabs; no blank rows."
+    csv.field_size_limit(2**31 - 1)  # an answer may hold a picture
+    text = decoded(path.read_bytes(), list(names)).removeprefix("\ufeff")
+    lines = io.StringIO(text, newline="")
+    head = text.partition("\n")[0]
+    if head.startswith("sep="):
+        head = lines.readline() and text.split("\n")[1]
+    delimiter = max(",;\t", key=head.count)
+    rows = list(csv.DictReader(lines, delimiter=delimiter, restval=""))
+    return [row for row in rows if "".join(map(str, row.values())).strip()]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #538a0715-entered_mark
 def entered_mark(path: Path, row: Mapping[str, str], points: float) -> float | None:
     "The mark in a row; None if there is none. Raises InputError if it is no mark."
     given = (row["mark"] or "").strip().replace(",", ".")
@@ -1647,7 +2984,11 @@ def entered_mark(path: Path, row: Mapping[str, str], points: float) -> float | N
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #42d79647
-def read_written(path: Path, assignment: Assignment) -> list[Entry]:
+def read_written(
+    path: Path,
+    assignment: Assignment,
+    students: Iterable[str] = (),  # who may stand in it
+) -> list[Entry]:
     """Marks that a person has entered.
 
     Raises InputError for a mark that is no number between 0 and the points of its
@@ -1656,7 +2997,7 @@ def read_written(path: Path, assignment: Assignment) -> list[Entry]:
     if not path.is_file():
         return entered
     points = {str(q.number): q.points for q in assignment.questions if q.written}
-    for row in read_rows(path):
+    for row in read_rows(path, students):
         if not set(WRITTEN) <= set(row) or row["question"] not in points:
             message = (
                 f"{path} lacks a column, or names a question that is not written."
@@ -1673,6 +3014,24 @@ def read_written(path: Path, assignment: Assignment) -> list[Entry]:
     return entered
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #42d79647-same_answer
+def same_answer(
+    answer: str,  # of a student
+    entered: str,  # the same after a spreadsheet has had it
+) -> bool:
+    """Whether a person has marked this answer.
+
+    A spreadsheet may lose letters that its code page lacks, and the end of what is
+    longer than 32,767 characters."""
+    ours = spaceless(answer)
+    if ours == entered:
+        return True
+    plain = re.compile(r"[^\x00-\x7f]|[?\s]")
+    a = plain.sub("", ours)
+    b = plain.sub("", entered)
+    return a == b or (len(entered) > 30000 and a.startswith(b))
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #40f87b08
 def keep_for_next_time(
     result: Result,  # of a failed run
@@ -1685,6 +3044,7 @@ def keep_for_next_time(
         result.comments[entry.question] = entry.comment
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #40f87b08-enter
 def enter(
     api: Any,
     assignment: Assignment,
@@ -1697,7 +3057,7 @@ def enter(
         for entry in mine:
             n = entry.question
             answer = result.answers.get(n)
-            if answer is None or spaceless(answer) != entry.answer:
+            if answer is None or not same_answer(answer, entry.answer):
                 changed = f"the answer to question {n} has changed"
                 result.notes.append(f"{changed} since a person marked it")
                 continue
@@ -1751,6 +3111,7 @@ def shown_mark(result: Result, number: int) -> str:
     return "-" if mark is None else shown_points(mark)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #9aad684e-marks_row
 def marks_row(assignment: Assignment, result: Result) -> list[str]:
     marks = [shown_mark(result, q.number) for q in assignment.questions]
     total = "?" if result.failure else shown_points(result.total)
@@ -1822,7 +3183,7 @@ def assignment_of(path: Path, assignments: list[Assignment]) -> str:
     try:
         metadata = read_notebook(path).get("metadata") or {}
         said = metadata.get("soflow_edu", {}).get("assignment")
-    except (InputError, AttributeError):
+    except Exception:  # whatever it is, it names no assignment
         said = None
     names = [a.name for a in assignments]
     if said in names:
@@ -1837,7 +3198,7 @@ def age(path: Path) -> float:
 
 def notebooks_of(home: Path, assignments: list[Assignment]) -> dict[str, Path]:
     "What a student handed in, {assignment's name: path}; of several, the last counts."
-    paths = home.rglob("*.ipynb")
+    paths = [path for path in home.rglob("*.ipynb") if path.is_file()]
     paths = [path for path in paths if ".ipynb_checkpoints" not in path.parts]
     found = {assignment_of(path, assignments): path for path in sorted(paths, key=age)}
     found.pop("", None)  # of no assignment
@@ -1845,6 +3206,11 @@ def notebooks_of(home: Path, assignments: list[Assignment]) -> dict[str, Path]:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #30740c2f
+def whole_name(name: str) -> str:
+    "The name of a folder as text that can be written."
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def submissions_of(
     folder: Path, assignments: list[Assignment]
 ) -> dict[str, dict[str, Path]]:  # {student: {assignment's name: path}}
@@ -1860,7 +3226,7 @@ def submissions_of(
     students = {}
     for home in sorted(path for path in folder.iterdir() if path.is_dir()):
         if not home.name.startswith("."):
-            students[home.name] = notebooks_of(home, assignments)
+            students[whole_name(home.name)] = notebooks_of(home, assignments)
     if not any(students.values()):
         message = (
             f"No submission was found in {folder}. It must hold one folder for"
@@ -1890,43 +3256,112 @@ def was_handed_in(a: Assignment, found: Mapping[str, Mapping[str, Path]]) -> boo
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #c30a02c8
+def state_of(folder: Path) -> dict[Path, int]:
+    "When the files in a folder were changed last, which no program can pretend."
+    return {path: path.lstat().st_ctime_ns for path in folder.rglob("*")}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-mark_student
+def mark_student(
+    api: Any,
+    a: Assignment,
+    staged: Mapping[str, Staged],  # by assignment
+    student: str,
+    name: str,  # nbgrader's
+    mine: list[Entry],  # what a person entered for this student
+) -> Result:
+    "The result of one student, with a person's marks."
+    result = Result(student, same_mark(a, 0.0), notes=["nothing was handed in"])
+    if a.name in staged:
+        result = mark(api, a, staged[a.name], student, name)
+    if not result.failure:
+        try:
+            enter(api, a, result, name, mine)
+        except Exception as error:
+            why = f"nbgrader's database: {type(error).__name__}: {error}"
+            result = without_marks(a, student, why, result.notes)
+    if result.failure:
+        keep_for_next_time(result, mine)
+    return result
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-mark_class
 def mark_class(
     api: Any,
     a: Assignment,
-    found: Mapping[str, Mapping[str, Path]],  # {student: {assignment's name: path}}
+    staged: Mapping[str, Mapping[str, Staged]],  # {student: {assignment's name: it}}
     names: Mapping[str, str],  # identifier of a student -> nbgrader's name
     entered: list[Entry],
+    submissions: Path,  # which nobody may change on the way
 ) -> list[Result]:
     "The results of all students, one after the other."
     results = []
-    for k, (student, paths) in enumerate(found.items(), 1):
-        print(f"{a.name}: {k} of {len(found)}, {student}", flush=True)
-        if a.name in paths:
-            result = mark(api, a, paths[a.name], student, names[student])
-        else:
-            nothing = same_mark(a, 0.0)
-            result = Result(student, nothing, notes=["nothing was handed in"])
+    state = state_of(submissions)
+    for k, (student, theirs) in enumerate(staged.items(), 1):
+        print(f"{a.name}: {k} of {len(staged)}, {student}", flush=True)
         mine = [entry for entry in entered if entry.student == student]
-        if result.failure:
-            keep_for_next_time(result, mine)
-        else:
-            enter(api, a, result, names[student], mine)
+        result = mark_student(api, a, theirs, student, names[student], mine)
+        now = state_of(submissions)
+        if now != state:
+            result.look.append("submissions were changed while this one was marked")
+        state = now
         results.append(result)
     return results
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #c30a02c8-refuse_failures
 def refuse_failures(results: Mapping[str, list[Result]], out: Path) -> None:
-    "Raises GradingError if nbgrader failed to mark somebody."
-    failed = []
+    "Raises GradingError if somebody could not be marked."
+    missing = []
     for rows in results.values():
-        failed += [f"{r.student} ({r.failure})" for r in rows if r.failure]
-    if failed:
-        have = "submissions have" if len(failed) > 1 else "submission has"
+        missing += [f"{r.student} ({r.failure})" for r in rows if r.failure]
+    if missing:
+        have = "submissions have" if len(missing) > 1 else "submission has"
         message = (
-            f"{len(failed)} {have} no marks, since nbgrader failed:"
-            f" {'; '.join(failed)}. The others are in {out}."
+            f"{len(missing)} {have} no marks, since marking failed:"
+            f" {'; '.join(missing)}. The others are in {out}."
         )
         raise GradingError(message)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #class-staged
+def staged_class(
+    found: Mapping[str, Mapping[str, Path]],  # {student: {assignment's name: path}}
+    assignments: list[Assignment],
+) -> dict[str, dict[str, Staged]]:  # the same, read
+    "All submissions, read and staged."
+    staged: dict[str, dict[str, Staged]] = {student: {} for student in found}
+    for student, paths in found.items():
+        for a in assignments:
+            if a.name in paths:
+                staged[student][a.name] = staged_file(a, paths[a.name], student)
+    return staged
+
+
+def is_above(path: str, others: list[str]) -> bool:
+    "Whether one of these lies in a folder."
+    return any(below(other, [path]) for other in others)
+
+
+def closed_folders(*folders: Path) -> list[str]:
+    "These, and those of a clone with solutions, but none that Python lies in."
+    beside = package_root().parent
+    every = [*folders, beside / "nbs", beside / "tests"]
+    paths = [os.path.realpath(folder) for folder in every]
+    needed = python_paths()
+    return [path for path in paths if not is_above(path, needed)]
+
+
+def fence_in_words() -> str:
+    "What keeps student code apart here, once this process adopts what it leaves."
+    adopt()
+    if can_wrap():
+        return "Student code runs in bubblewrap: no network, and no files but its own."
+    return (
+        "bubblewrap is not installed, or cannot work here: student code is guarded by"
+        " Python alone.\nThat stops accidents and simple tricks. Mark on an account"
+        " that holds nothing else."
+    )
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #f6442244
@@ -1939,6 +3374,7 @@ def grade_course(
     """Marks all submissions, and writes marks.csv, written.csv and feedback.
 
     Marks that a person entered into written.csv are taken over.
+    All submissions are read before the first of them runs.
     Raises InputError for a folder that does not hold what it should, and
     GradingError at the end if anything could not be marked."""
     out = Path(out)
@@ -1946,16 +3382,20 @@ def grade_course(
     found = submissions_of(Path(submissions), assignments)
     names = nbgrader_names(found, submissions)
     assignments = [a for a in assignments if was_handed_in(a, found)]
+    staged = staged_class(found, assignments)
     files = {a.name: out / a.name / "written.csv" for a in assignments}
-    written = {a.name: read_written(files[a.name], a) for a in assignments}
+    written = {a.name: read_written(files[a.name], a, found) for a in assignments}
     out = fresh_folder(out, mark="nbgrader/gradebook.db")
     for a in assignments:  # at once, so that they survive if this is interrupted
         write_written(out / a.name, a, written[a.name])
     identifiers = {name: student for student, name in names.items()}
-    api = open_nbgrader(out / "nbgrader", assignments, identifiers, seconds)
+    closed = closed_folders(course_folder(source), Path(submissions), out)
+    api = open_nbgrader(out / "nbgrader", assignments, identifiers, seconds, closed)
+    print(fence_in_words())
     results = {}
     for a in assignments:
-        results[a.name] = mark_class(api, a, found, names, written[a.name])
+        mine = written[a.name]
+        results[a.name] = mark_class(api, a, staged, names, mine, Path(submissions))
         write_results(out / a.name, a, results[a.name])
     refuse_failures(results, out)
     return results

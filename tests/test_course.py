@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 
+import hostile
 import pytest
 from filelock import FileLock  # comes with torch
 
@@ -620,7 +621,7 @@ def interrupted(*args):
     raise KeyboardInterrupt
 
 
-def failed(api, assignment, path, student, name):
+def failed(api, assignment, staged, student, name):
     return grading.Result(student, {1: None, 2: None}, failure="no kernel")
 
 
@@ -759,6 +760,330 @@ def test_silent_failures_of_nbgrader_are_loud(fault, words, tmp_path, monkeypatc
     (row,) = table_of(out / assignment.name)
     assert row["Q1"] == row["total"] == "?"
     assert not list(out.glob("*/feedback/*"))
+
+
+# ------------------------------------------------------ hostile and damaged submissions
+FENCES = ("python", "bubblewrap")
+NO_BUBBLEWRAP = "bubblewrap is not installed, or not allowed here"
+
+
+def fence(kind, monkeypatch):
+    "Chooses what keeps student code apart."
+    if kind == "python":
+        monkeypatch.setattr(grading, "can_wrap", bool)
+    elif not grading.can_wrap():
+        pytest.skip(NO_BUBBLEWRAP)
+
+
+class Class:
+    "A class with a hostile student, and what the student must not reach."
+
+    def __init__(self, folder):
+        self.solved = folder / "solved"
+        self.home = folder / "submissions"
+        self.marks = folder / "marks"
+        self.assignment = hostile.write_solved(self.solved)
+        self.victim = self.write("zoe", hostile.RIGHT)
+        self.whole = self.victim.read_bytes()
+        self.marks.mkdir()
+        (self.marks / "marks.csv").write_text("0")
+        (self.marks / "nbgrader").mkdir()
+        (self.marks / "nbgrader/gradebook.db").touch()
+
+    def write(self, student, answer):
+        path = self.home / student / "small.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for word, place in (
+            ("SOLVED", self.solved),
+            ("VICTIM", self.home / "zoe/small.ipynb"),
+            ("MARKS", self.marks),
+        ):
+            answer = answer.replace(word, str(place))
+        cells = hostile.answered(self.assignment, answer, student)
+        path.write_bytes(hostile.as_bytes(cells))
+        return path
+
+    def examine(self, answer, seconds=4):
+        "The points of both questions, and what is to be looked at."
+        a = self.assignment
+        staged = grading.staged_file(a, self.write("eve", answer), "eve")
+        tests = {q.graded_name: q.tests["source"] for q in a.questions}
+        for cell in staged.cells:
+            name = grading.tag_of(cell).get("grade_id")
+            cell["source"] = tests.get(name, cell["source"])
+        places = (self.solved, self.home, self.marks)
+        closed = grading.closed_folders(*places)
+        taken = grading.Examining(a, staged.cells, "eve", seconds, closed)
+        taken.take()
+        errors = {}
+        for k, error in taken.errors.items():
+            errors[grading.tag_of(staged.cells[k]).get("grade_id")] = error
+        points = ["0" if errors[name] else "1" for name in tests]
+        return points, [*taken.remarks, *grading.unusual(staged.cells)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    grading.adopt()
+    return Class(tmp_path)
+
+
+def attack_holds(small, attack, kind):
+    before = grading.children()
+    points, look = small.examine(attack.answer)
+    assert grading.children() == before, "something is left of it"
+    if kind == "python" and attack.needs:
+        return
+    assert points == [attack.due, attack.second]
+    assert attack.note in " ".join(look)
+    assert small.victim.read_bytes() == small.whole
+    assert (small.marks / "marks.csv").read_text() == "0"
+
+
+QUICK = ("an input transformer", "a helper replaced in memory", "a process that stays")
+ATTACKS = {attack.name: attack for attack in hostile.ATTACKS}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_attacks_fail(name, small):
+    attack_holds(small, ATTACKS[name], "bubblewrap" if grading.can_wrap() else "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FENCES)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_fail(name, kind, small, monkeypatch):
+    "Each loses its own question at most, reaches nothing, and leaves nothing."
+    fence(kind, monkeypatch)
+    attack_holds(small, ATTACKS[name], kind)
+
+
+TWELVE = (
+    "right",
+    "half an emoji in a comment",
+    "the solution by the library",
+    "an input transformer",
+    "a tensor that is always right",
+    "another student's file",
+    "a process that stays",
+    "a flood of words",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FENCES)
+def test_a_class_of_twelve(kind, small, monkeypatch):
+    "Hostile and damaged ones among them; each gets what is due, and nobody else's."
+    fence(kind, monkeypatch)
+    due = {"zoe": ["1", "1"]}
+    for name in TWELVE:
+        small.write(name, ATTACKS[name].answer)
+        due[name] = [ATTACKS[name].due, ATTACKS[name].second]
+    for name in ("torn", "numbers for text", "deep nesting"):
+        path = small.write(name, hostile.RIGHT)
+        path.write_bytes(hostile.damaged(small.assignment, name))
+        due[name] = [hostile.TORN[name]] * 2
+    with pytest.raises(GradingError, match="2 submissions have no marks"):
+        grade_course(small.home, small.marks, str(small.solved), 6)
+    rows = {row["student"]: row for row in table_of(small.marks / "small")}
+    assert {name: [row["Q1"], row["Q2"]] for name, row in rows.items()} == due
+    notes = {name: row["notes"] for name, row in rows.items()}
+    assert "no notebook" in notes["torn"] and not notes["zoe"]
+    assert "cannot be read" in notes["deep nesting"]
+    assert "refused: " in notes["another student's file"]
+    told = (small.marks / "small/feedback/a process that stays.md").read_text()
+    assert "that is not the double" in told
+
+
+@pytest.mark.parametrize("kind", hostile.TORN)
+def test_a_damaged_notebook_is_one_students_affair(kind, small):
+    path = small.write("eve", hostile.RIGHT)
+    path.write_bytes(hostile.damaged(small.assignment, kind))
+    staged = grading.staged_file(small.assignment, path, "eve")
+    assert bool(staged.failure) == (hostile.TORN[kind] == "?")
+    assert bool(staged.fault) == (hostile.TORN[kind] == "0")
+    found = grading.submissions_of(small.home, [small.assignment])
+    assert set(found) == {"eve", "zoe"}
+
+
+# ----------------------------------------------------- faults that are not a student's
+def test_a_process_that_does_not_begin_is_no_mark(small, monkeypatch):
+    monkeypatch.setattr(grading, "BOOT", "raise SystemExit")
+    with pytest.raises(GradingError, match="did not begin"):
+        small.examine(hostile.RIGHT)
+
+
+def test_a_process_without_assertions_is_no_mark(small, monkeypatch):
+    "PYTHONOPTIMIZE would strip the tests."
+    real = grading.clean_environment
+
+    def optimised(own):
+        return real(own) | {"PYTHONOPTIMIZE": "1"}
+
+    monkeypatch.setattr(grading, "clean_environment", optimised)
+    with pytest.raises(GradingError, match="assert False"):
+        small.examine(hostile.RIGHT)
+
+
+def test_a_given_cell_that_stops_is_no_mark(small, monkeypatch):
+    monkeypatch.setattr(hostile, "NOTEBOOK", hostile.NOTEBOOK)
+    text = hostile.NOTEBOOK.replace("import torch", "import torch\n1 / 0")
+    monkeypatch.setattr(hostile, "NOTEBOOK", text)
+    small.assignment = hostile.write_solved(small.solved)
+    with pytest.raises(GradingError, match="a given cell stops with ZeroDivisionError"):
+        small.examine(hostile.RIGHT)
+
+
+@pytest.mark.slow
+def test_marks_do_not_depend_on_the_environment(small, tmp_path):
+    "Optimised, with a false kernel and without the environment's programs on PATH."
+    small.write("idle", "def double(x): return None")
+    kernel = tmp_path / "jupyter/kernels/python3/kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text('{"argv": ["false"], "display_name": "x", "language": "python"}')
+    words = ("course", "grade", small.home, "--out", small.marks)
+    done = program(
+        "soflow",
+        *(*words, "--source", small.solved),
+        folder=tmp_path,
+        PYTHONOPTIMIZE="2",
+        JUPYTER_PATH=str(tmp_path / "jupyter"),
+        PATH="/usr/bin:/bin",
+    )
+    assert done.status == 0, done.said
+    rows = {row["student"]: row["Q1"] for row in table_of(small.marks / "small")}
+    assert rows == {"idle": "0", "zoe": "1"}
+
+
+# ------------------------------------------------- what answers do to their arguments
+FUNCTIONS = """
+import copy, torch
+
+def fill(x, g):
+    x.fill_(torch.rand((), generator=g).item())
+    return x.shape
+
+def often(action, n):
+    return [action(k) for k in range(n)]
+
+def learn(model, optimiser, x):
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(x).square().mean().backward()
+        optimiser.step()
+    return model
+
+def average(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    return other
+
+def slopes(f, x):
+    x = x.requires_grad_()
+    return torch.autograd.grad(f(x).sum(), x)[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def box():
+    grading.adopt()
+    with grading.Calling([], grading.can_wrap()) as box:
+        box.ask("run", 60, FUNCTIONS)
+        yield box
+
+
+def test_changed_arguments_come_back(box):
+    import torch
+
+    x = torch.zeros(2)
+    g = torch.Generator().manual_seed(1)
+    due = torch.rand((), generator=torch.Generator().manual_seed(1))
+    shape = grading.Answer(box, "fill")(x, g)
+    assert tuple(shape) == (2,) and x.tolist() == [due, due]
+    after = torch.Generator().manual_seed(1)
+    torch.rand((), generator=after)
+    assert g.get_state().equal(after.get_state())
+
+
+def test_functions_of_the_tests_can_be_called_there(box):
+    seen = []
+
+    def noted(k):
+        seen.append(k)
+        return 10 * k
+
+    often = grading.Answer(box, "often")
+    assert often(noted, 3) == [0, 10, 20] and seen == [0, 1, 2]
+    assert often(abs, 2) == [0, 1]
+
+
+def test_networks_are_trained_there(box):
+    import torch
+
+    models = [torch.nn.Linear(2, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    adams = [torch.optim.Adam(model.parameters()) for model in models]
+    x = torch.randn(5, 2)
+    learn = grading.Answer(box, "learn")
+    for _ in range(2):  # the second time, Adam has moments
+        assert learn(models[0], adams[0], x) is models[0]
+        for _ in range(3):
+            adams[1].zero_grad()
+            models[1](x).square().mean().backward()
+            adams[1].step()
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+    twice = grading.Answer(box, "average")(models[0])
+    torch.testing.assert_close(twice.weight, 2 * models[0].weight)
+    assert twice is not models[0]
+
+
+def test_functions_without_records_go_there(box):
+    "A student may differentiate them."
+    import torch
+
+    space = {"__name__": "__main__", "torch": torch}
+    exec("def wave(x): return torch.sin(3 * x)", space)
+    x = torch.randn(4, dtype=torch.float64)
+    given = grading.Answer(box, "slopes")(space["wave"], x)
+    torch.testing.assert_close(given, 3 * torch.cos(3 * x))
+
+
+# ----------------------------------------------------------- what spreadsheets save
+def table_as(encoding, delimiter, answer):
+    rows = [("student", "question", "points", "mark", "comment", "answer")]
+    rows += [("", "", "", "", "", ""), ("Zoë", "2", "2", "1,5", "good – très", answer)]
+    lines = ['"' + f'"{delimiter}"'.join(row) + '"' for row in rows]
+    return "\r\n".join([*lines, "", ""]).encode(encoding)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_tables_of_spreadsheets_are_read(encoding, delimiter, tiny, tmp_path):
+    path = tmp_path / "written.csv"
+    path.write_bytes(table_as(encoding, delimiter, "a" * 140000))
+    (entry,) = grading.read_written(path, tiny, ["Zoë"])
+    assert (entry.student, entry.mark, entry.comment) == ("Zoë", 1.5, "good – très")
+    assert entry.answer == "a" * 140000
+
+
+def test_the_code_page_is_known_by_the_students(tiny, tmp_path):
+    for page, name in (
+        ("cp1250", "Łukasz Ťažký"),
+        ("cp1251", "Женя"),
+        ("cp1253", "Ζωή"),
+    ):
+        text = f"{name}: 1"
+        assert grading.decoded(text.encode(page), [name]) == text
+
+
+def test_an_answer_is_the_same_after_a_spreadsheet():
+    answer = "Weil – σ groß ist.\n\n" + "word " * 8000
+    for entered in (answer, answer.replace("–", "?").replace("σ", "?"), answer[:32767]):
+        assert grading.same_answer(answer, grading.spaceless(entered))
+    assert not grading.same_answer(answer, grading.spaceless(answer[:2000]))
+    assert not grading.same_answer("yes", "no")
 
 
 # ------------------------------------------------------------- guides and refusals
