@@ -591,9 +591,10 @@ def check_known(name):
 def toy_options(name: str, options: dict[str, Any]) -> dict[str, int]:
     "How a finite set is drawn from a toy. Raises InputError for an unknown option."
     known = ("count", "seed")
+    kind = f"option of the data set {name}"
     for key, value in options.items():
         if key not in known:
-            raise unknown(f"option of the data set {name}", key, known)
+            raise unknown(kind, key, known)
         if not isinstance(value, int) or value < (key == "count"):
             message = f"The {key} of the data set {name} is {value!r}: give a number."
             raise InputError(message)

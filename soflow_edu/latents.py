@@ -43,7 +43,7 @@ from .cifar10 import (
     readable_formats,
     room_for,
 )
-from .config import choose_device, data_root, read_text, replacing
+from .config import alone, choose_device, data_root, read_text, replacing
 from .core import InputError, build, check_least, names, register, unknown
 from .training import agree, join_processes, processes
 
@@ -1352,34 +1352,6 @@ def wait_for(paths: list[Path], rank: int):
             what = f"{len(lacking)} parts of other processes: {listed(lacking)}"
             print(f"waiting for {what}")
         time.sleep(0.05 + 0.001 * len(lacking))
-
-
-# %% ../nbs/3_imagenet/02_latents.ipynb #4dfa9864
-@contextmanager
-def alone(out: Path):
-    """Keeps other calls away from a folder.
-
-    Also those on other machines if its file system allows. Raises InputError if
-    another one is at work; a process that dies gives the folder free."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            message = (
-                f"Another call is writing into {out} right now. "
-                "Wait for it, or choose another folder."
-            )
-            raise InputError(message) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #7ad3c877

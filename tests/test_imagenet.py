@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from soflow_edu import imagenet
-from soflow_edu.config import load_config, make_config
+from soflow_edu.config import alone, load_config, make_config
 from soflow_edu.core import InputError, build, describe
 from soflow_edu.distributions import law_of
 from soflow_edu.imagenet import (
@@ -34,7 +34,7 @@ from soflow_edu.ladder import (
     sample_run,
     sampler_of,
 )
-from soflow_edu.latents import alone, encode
+from soflow_edu.latents import encode
 from soflow_edu.metrics import as_uint8, read_npz
 from soflow_edu.training import Run, assemble, load_run, save_run, train
 

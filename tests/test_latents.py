@@ -23,7 +23,7 @@ from PIL import Image
 
 from helpers import complaint, damaged_often, python, within
 from soflow_edu import latents
-from soflow_edu.config import make_config
+from soflow_edu.config import alone, make_config
 from soflow_edu.core import InputError, build
 from soflow_edu.distributions import law_of
 from soflow_edu.latents import (
@@ -31,7 +31,6 @@ from soflow_edu.latents import (
     SCALE,
     Blocks,
     Latents,
-    alone,
     centre_crop,
     decoder_of_latents,
     encode,
