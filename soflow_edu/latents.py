@@ -1014,12 +1014,12 @@ def check_attributes(path: Path, attributes: dict):
             raise InputError(message)
 
 
-def plain(value: Any) -> Any:
+def without_numpy(value: Any) -> Any:
     "An attribute of a file without numpy: numbers, text and lists of them."
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
-    return list(map(plain, value)) if isinstance(value, list) else value
+    return list(map(without_numpy, value)) if isinstance(value, list) else value
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #ba0c8505
@@ -1091,7 +1091,7 @@ def open_latents(
         check_stored(path, parts["labels"])
         shape = parts["latents"].shape
         labels = torch.from_numpy(parts["labels"][:].astype(np.int64))
-        attributes = {name: plain(value) for name, value in file.attrs.items()}
+        attributes = {name: without_numpy(part) for name, part in file.attrs.items()}
     check_classes_of_rows(path, labels)
     check_channels(path, shape[1], attributes)
     check_attributes(path, attributes)
