@@ -30,7 +30,7 @@ from .core import (
     names,
     unknown,
 )
-from .distributions import FiniteSet, law_of
+from .distributions import GIVEN, FiniteSet, law_of
 from .flow_matching import Loss, mse
 from .odes import ExactFlow, IntegrationError, OdeFlow
 from .paths import LinearPath, expand
@@ -1314,7 +1314,8 @@ def truth_of(
     Raises InputError if nobody knows on which data it was trained."""
     data = against or run.config.data
     name = data.get("name") if isinstance(data, dict) else data
-    if name in names("pictures"):
+    known = name in names("data")
+    if not known and name not in (None, GIVEN):
         return None
     return ExactFlow(law_of(data), run.model.path, rtol=1e-5)
 

@@ -559,12 +559,13 @@ def evaluate_run(
 
     Raises InputError for what cannot be compared."""
     if shape_of(run.model) == (2,):
-        chosen = features or sampler or autoencoder
+        of_pictures = against in names("pictures")
+        chosen = of_pictures or features or sampler or autoencoder
         if chosen or steps != 1 or part != "test":
             message = (
                 "This run is a map of the plane, which is compared with its exact flow "
                 "in all numbers of steps. Leave out features, part, sampler, "
-                "autoencoder and steps."
+                "autoencoder and steps, and name a toy with against, if anything."
             )
             raise InputError(message)
         return evaluate_map(run, against)

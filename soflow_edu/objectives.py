@@ -202,6 +202,10 @@ class Shortcut(Semigroup):
             dropped=hidden(self.target, batch, generator),
         )
 
+    def reach(self, rows: Rows) -> None:
+        "No limit, as published."
+        return None
+
 
 # %% ../nbs/1_plane/13_objectives.ipynb #d3f3834a
 @register("objective", "staged")
@@ -808,11 +812,12 @@ def judge(
 
 # %% ../nbs/1_plane/13_objectives.ipynb #71dbb5bc
 def fingerprint(setting: Setting, base: str) -> str:
-    "A hash of a setting and of the configuration that it changes; code is not in it."
+    """A hash of a setting and of the configuration that it changes; code is not in it,
+    and the data of the bench are named beside it."""
     default = Config()
     chosen = {}
     for name, value in vars(load_config(base)).items():
-        if value != getattr(default, name):
+        if name != "data" and value != getattr(default, name):
             chosen[name] = value
     parts = [setting.changes, setting.teacher, setting.answer, setting.oracle, chosen]
     text = json.dumps(parts, sort_keys=True)

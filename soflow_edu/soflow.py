@@ -218,28 +218,59 @@ class BatchVelocity(Conditional):
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #3bfcc285
+def shortened(
+    v: torch.Tensor,  # (n, ...)
+    most: torch.Tensor,  # one number
+) -> torch.Tensor:  # (n, ...)
+    "Each row with at most this norm; rows that have it are left to the bit."
+    norm = v.flatten(1).norm(dim=1)
+    share = most / norm.clamp(min=MIN_GAP)
+    return torch.where(expand(share < 1, v), v * expand(share, v), v)
+
+
+def no_farther(
+    end: torch.Tensor,  # (n, ...)
+    x: torch.Tensor,  # (n, ...) where the jump begins
+    gap: torch.Tensor,  # (n,) how long it takes
+    most: torch.Tensor | None,  # the longest velocity that it may have, if limited
+) -> torch.Tensor:  # (n, ...)
+    "The end of a jump, or a place nearer in the same direction."
+    if most is None:
+        return end
+    room = most * gap
+    far = (end - x).flatten(1).norm(dim=1) > room
+    return torch.where(expand(far, x), x + shortened(end - x, room), end)
+
+
+# %% ../nbs/1_plane/09_soflow.ipynb #705959f3
 def output_ahead(
     model: SolutionModel,
     rows: Rows,
     v: torch.Tensor,  # (n, ...) velocity of the step from x_t to x_l
     jumps: int = 1,  # from x_l to s
+    most: torch.Tensor | None = None,  # the longest velocity of a jump, if limited
 ) -> torch.Tensor:  # (n, ...) F(x_l, l, s)
     "The network's output one step ahead, or the F that leads to where the jumps lead."
     l = rows.l
     s = rows.s
     xl = rows.xt - expand(rows.t - l, rows.xt) * v
-    if jumps == 1:
+    if jumps == 1 and most is None:
         return model.F(xl, l, s, rows.y, **rows.extras)
     x = xl
     for j in range(jumps):
         now = l + (s - l) * j / jumps
         then = l + (s - l) * (j + 1) / jumps
         F = model.F(x, now, then, rows.y, **rows.extras)
-        x = model.solution_from(F, x, now, then)
+        end = model.solution_from(F, x, now, then)
+        x = no_farther(end, x, now - then, most)
     a = expand(model.coefficients.a(l, s), xl)
     b = expand(model.coefficients.b(l, s), xl)
     no_way_to_go = b.abs() < MIN_GAP  # F does not count there
-    return (x - a * xl) / torch.where(no_way_to_go, torch.inf, b)  # eq. 1.9.4
+    led = (x - a * xl) / torch.where(no_way_to_go, torch.inf, b)  # eq. 1.9.4
+    if jumps > 1:
+        return led
+    untouched = (x == end).flatten(1).all(1)
+    return torch.where(expand(untouched, F), F, led)
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #c8ae3471
@@ -440,43 +471,11 @@ class SoFlow(Weighing):
             return rows.v_cond, rows.v_cond
         v = self.step(model, rows)
         with same_masks(rows.xt):
-            return v, output_ahead(model, rows, v, self.jumps)
+            return v, output_ahead(model, rows, v, self.jumps, self.reach(rows))
 
-
-# %% ../nbs/1_plane/09_soflow.ipynb #87a78ead
-ROOM = 2.0  # times the longest velocity in a mini-batch, which is one of few
-
-
-def longest(rows: Rows) -> torch.Tensor:  # one number
-    "The length that the velocity of a jump can have, from the pairs of a mini-batch."
-    return ROOM * rows.v_cond.flatten(1).norm(dim=1).max()
-
-
-def shortened(
-    v: torch.Tensor,  # (n, ...)
-    most: torch.Tensor,  # (n,), or one number
-) -> torch.Tensor:  # (n, ...)
-    "Each row with at most this norm."
-    norm = v.flatten(1).norm(dim=1)
-    share = (most / norm.clamp(min=MIN_GAP)).clamp(max=1)
-    return v * expand(share, v)
-
-
-def within_reach(
-    model: SolutionModel,
-    rows: Rows,
-    v: torch.Tensor,  # (n, ...) the velocity of the step to x_l
-    F: torch.Tensor,  # (n, ...) F(x_l, l, s)
-) -> torch.Tensor:  # (n, ...)
-    "F, or the F of a shortened jump where that from l to s is longer than it can be."
-    xl = rows.xt - expand(rows.t - rows.l, v) * v
-    a = expand(model.coefficients.a(rows.l, rows.s), xl)
-    b = expand(model.coefficients.b(rows.l, rows.s), xl)
-    jump = (a - 1) * xl + b * F
-    most = longest(rows) * (rows.l - rows.s)
-    far = jump.flatten(1).norm(dim=1) > most
-    nearer = (shortened(jump, most) - (a - 1) * xl) / b
-    return torch.where(expand(far & (b.flatten(1)[:, 0].abs() > MIN_GAP), F), nearer, F)
+    def reach(self, rows: Rows) -> torch.Tensor | None:
+        "The longest velocity that a jump of the target may have, if there is a limit."
+        return None
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #c56fb828
@@ -526,14 +525,9 @@ class Semigroup(SoFlow):
 
     def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
         "The velocity of the model's own jump from t to l, no longer than it can be."
-        return shortened(velocity_of_jump(model, rows), longest(rows))
+        most = self.reach(rows)
+        v = velocity_of_jump(model, rows)
+        return v if most is None else shortened(v, most)
 
-    @torch.no_grad()
-    def look_ahead(
-        self, model: SolutionModel, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, ...) each
-        "As that of SoFlow; the jump from l to s is no longer than it can be, either."
-        v, F_ahead = super().look_ahead(model, rows)
-        if not len(rows.t):
-            return v, F_ahead
-        return v, within_reach(model, rows, v, F_ahead)
+    def reach(self, rows: Rows) -> torch.Tensor | None:
+        return rows.v_cond.flatten(1).norm(dim=1).max()

@@ -822,6 +822,10 @@ def recorded(config: Config, data: Any, model: SolutionModel, batch: Batch) -> C
 
     Raises InputError if it names others."""
     found = getattr(data, "description", None)
+    if found is None and config.data is not None:
+        name = in_full(config.data).get("name")
+        if name not in names("data"):  # a toy would have told
+            return config
     if found is None:
         shape = list(batch.x0.shape[1:])
         classes = model.net.classes if batch.y is not None else 0
@@ -979,12 +983,12 @@ def kept(
         set_aside(out)
     with alone(out):
         sweep(out)
-        if resumed:
-            check_place(out, run)
-            write_run(out, run)
         run.saved = run.step
         keeping = True
         try:
+            if resumed:
+                check_place(out, run)
+                write_run(out, run)
             yield
         except Diverged:
             keeping = not (out / "checkpoint.safetensors").exists()
@@ -992,6 +996,8 @@ def kept(
         finally:
             if keeping:
                 leave(out, run)
+            if not any(out.iterdir()):
+                out.rmdir()
 
 
 # %% ../nbs/1_plane/12_training.ipynb #40021f13

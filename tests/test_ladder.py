@@ -35,7 +35,7 @@ def test_a_rung_holds_its_configuration():
 
 @pytest.fixture(scope="module")
 def map_of_the_plane(tmp_path_factory):
-    config = make_config({"steps": 2, "batch": 8})
+    config = make_config({"data": "eight_gaussians", "steps": 2, "batch": 8})
     return train_run(config, tmp_path_factory.mktemp("runs") / "run")
 
 

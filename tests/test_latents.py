@@ -351,7 +351,7 @@ def test_a_second_call_beside_a_living_one_is_refused(images, tmp_path):
     with alone(tmp_path):
         job = encoding(images, tmp_path)
         errors = unwrapped(job.communicate()[1])
-        assert "Another call is writing" in errors
+        assert "is being written by process" in errors
         assert job.returncode == 2
     again(images, tmp_path)
 

@@ -10,7 +10,7 @@ import torch
 from helpers import complaint
 from soflow_edu import objectives
 from soflow_edu.config import load_config
-from soflow_edu.core import build, find, names
+from soflow_edu.core import build, catalogue, find, names
 from soflow_edu.distributions import law_of
 from soflow_edu.flow_matching import Batch, Draws
 from soflow_edu.objectives import (
@@ -226,7 +226,7 @@ def objective_of(name, model, shape):
 
 
 def test_every_network_is_tried_with_every_objective():
-    assert set(NETWORKS) == set(names("network")) - {"picture"}
+    assert set(NETWORKS) == set(catalogue()["network"])
 
 
 @pytest.mark.parametrize("network", NETWORKS)
