@@ -64,14 +64,16 @@ def learn(config: Config, since: float) -> "Step":
     """Trains on the toy of a configuration; returns the last step.
 
     Its CPU seconds are those of everything since the clock read `since`: imports, data,
-    assembly and the timing of the first steps included."""
+    assembly and the timing of the first steps included. However long these took, half
+    of the seconds are left for training."""
     import torch
 
     from soflow_edu.ladder import data_of
     from soflow_edu.training import assemble, clock, finish, train
 
-    assert config.threads is not None
+    assert config.threads is not None and config.seconds is not None
     torch.set_num_threads(config.threads)
+    since = max(since, clock("cpu") - config.seconds / 2)
     law = data_of(config)
     model, objective = assemble(config)
     steps = train(model, objective, law, config, bar=True, since=since)

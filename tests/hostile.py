@@ -317,6 +317,7 @@ import time
 time.sleep(1)
 """
         + AT_ONCE,
+        needs="bubblewrap",  # a call of the C library passes the guard in Python
     ),
     Attack(
         "a process without a trace",
