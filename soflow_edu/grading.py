@@ -2485,9 +2485,9 @@ class Walking(Stepping):
         space = {"__name__": "__main__", "identifier": self.student}
         trusted = True  # until the first line of a student
         for k, cell in enumerate(self.cells):
+            trusted = trusted and is_ours(cell, self.student)
             if is_skipped(cell) or k in self.settled:
                 continue
-            trusted = trusted and is_ours(cell, self.student)
             self.at = None if trusted else k
             error = self.step(box, space, k)
             self.errors[k] = error

@@ -45,7 +45,7 @@ def test_demo_writes_everything_and_keeps_earlier_runs(tmp_path):
     numbers = read_json(folder / "demo.json")
     assert set(numbers) == NUMBERS_OF_DEMO
     assert read_json(tmp_path / "copy.json") == numbers
-    assert numbers["train_seconds"] < 2.5  # with what a first run loads
+    assert numbers["train_seconds"] < 4  # two, and what a first run loads
     assert FILES_OF_DEMO <= {path.name for path in folder.iterdir()}
 
     words = ("demo", "--seconds", "1", "--dataset", "two_gaussians", "--seed", "3")
