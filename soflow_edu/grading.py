@@ -2485,10 +2485,8 @@ class Walking(Stepping):
         space = {"__name__": "__main__", "identifier": self.student}
         trusted = True  # until the first line of a student
         for k, cell in enumerate(self.cells):
-            if is_skipped(cell):
-                continue
-            trusted = trusted and is_ours(cell, self.student)
-            if k in self.settled:
+            trusted = trusted and (is_skipped(cell) or is_ours(cell, self.student))
+            if is_skipped(cell) or k in self.settled:
                 continue
             self.at = None if trusted else k
             error = self.step(box, space, k)
