@@ -1,4 +1,4 @@
-# make demo | test | test-all | lowest | docs | browser | lab | notebooks | export | readme.
+# make demo | test | test-all | lowest | campaign | docs | browser | lab | notebooks | export | readme.
 # Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 LOWEST := .venv-lowest
 
-.PHONY: demo check test test-all lowest docs browser lab notebooks export readme clean
+.PHONY: demo check test test-all lowest campaign docs browser lab notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
@@ -48,6 +48,10 @@ lowest:
 	$(PYTHON) tests/lowest.py > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install -q --no-compile --constraint $(LOWEST)/lowest.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[latents]' pytest
 	PATH=$(CURDIR)/$(LOWEST)/bin:$$PATH $(LOWEST)/bin/python -m pytest -m "not slow" -p no:cacheprovider $$($(PYTHON) tests/lowest.py --tests)
+
+# Faults put in on purpose, many of each kind: tests/campaign.md is made anew. An hour.
+campaign: $(STAMP)
+	$(BIN)/python tests/campaign.py
 
 # The site, in docs/_build/site: all chapters as they were executed, with warnings as
 # errors. Needs Node.js with npm for the scripts that it carries.

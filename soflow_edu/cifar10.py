@@ -37,11 +37,11 @@ from torch.nn import functional
 
 from .comparing import Comparison, Report
 from .config import data_root, package_root, read_text, replacing, to_yaml
-from .core import InputError, build, canvas, register, unknown
+from .core import InputError, canvas, register, unknown
 from .digits import Pictures, show_pictures
 from .metrics import colours
 from .solution import SolutionModel
-from .training import Run, load_run
+from .training import Run, build_within, load_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -380,6 +380,8 @@ def open_picture(
     the decoder raise."""
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(file, str | Path):  # all of it: a decoder may ask for any length
+        file = io.BytesIO(Path(file).read_bytes())
     try:
         picture = Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
@@ -926,6 +928,8 @@ class AugmentedPictures(Pictures):
 
     Without augmentation they may be mirrored half the time, without labels."""
 
+    registered_name = ""  # by which a configuration names them, where it is not `name`
+
     def __init__(
         self,
         *parts,  # as for Pictures
@@ -991,7 +995,7 @@ def cifar10(
     tables, drawn = find_tables(source, count)
     levels, y = read_table(tables["train"], "the train table", skip_broken)
     test_levels, test_y = read_table(tables["test"], "the test table", skip_broken)
-    return AugmentedPictures(
+    made = AugmentedPictures(
         "rendered scenes" if drawn else "cifar10",
         as_points(levels),
         y,
@@ -1002,6 +1006,8 @@ def cifar10(
         augment=augment,
         flip=flip,
     )
+    made.registered_name = "cifar10"
+    return made
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #51384a07
@@ -1103,7 +1109,14 @@ def show_distances(
 
 
 # %% ../nbs/2_images/04_cifar10.ipynb #b74182d0
-CARD = "soflow_edu weights 1"  # the format
+CARD = "soflow_edu weights 2"  # the format
+EARLIER_CARD = "soflow_edu weights 1"  # without a seal
+
+
+def seal_of(card: dict[str, Any]) -> str:
+    "The SHA-256 of what a model is made of: its description and its weights."
+    words = json.dumps([card["sha256"], card["model"]], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def card_of(
@@ -1112,7 +1125,7 @@ def card_of(
     command: str,
     facts: dict | None,
 ) -> dict[str, Any]:
-    "What the card says: checksum and origin, then facts of one's own."
+    "What the card says: checksums and origin, then facts of one's own."
     card = {
         "format": CARD,
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -1125,7 +1138,7 @@ def card_of(
         "objective": run.objective,
         "config": to_yaml(run.config),
     }
-    return card | (facts or {})
+    return card | {"seal": seal_of(card)} | (facts or {})
 
 
 def check_half(model: nn.Module):
@@ -1209,7 +1222,7 @@ def weights_file(
 # %% ../nbs/2_images/04_cifar10.ipynb #4837640c
 def is_card(card: object) -> bool:
     "Whether something read from a file has what a card must have."
-    if not isinstance(card, dict) or card.get("format") != CARD:
+    if not isinstance(card, dict) or card.get("format") not in (CARD, EARLIER_CARD):
         return False
     model = card.get("model")
     parts = ("network", "path", "coefficients")
@@ -1229,6 +1242,12 @@ def read_card(
         raise InputError(message) from None
     if not is_card(card):
         message = f"{path.name} is no card that export_weights wrote. Get it again."
+        raise InputError(message)
+    if card["format"] == CARD and card.get("seal") != seal_of(card):
+        message = (
+            f"{path.name} is damaged: its model is not what its checksum says. "
+            "Get it again."
+        )
         raise InputError(message)
     return card
 
@@ -1269,43 +1288,6 @@ def parameters_in(content: bytes, path: Path) -> torch.Tensor:  # (N,)
         raise InputError(message) from None
 
 
-# %% ../nbs/2_images/04_cifar10.ipynb #7bbc86c6
-@contextmanager
-def at_most(numbers: int, path: Path) -> Iterator[None]:
-    "Raises InputError while a network of very many more parameters is being built."
-    hook = nn.modules.module.register_module_parameter_registration_hook
-    counts = [0]
-
-    def count(module, name, parameter):
-        counts.append(counts.pop() + parameter.numel())
-        if counts[0] > 2 * numbers:
-            message = (
-                f"{path.name} holds {numbers:,} parameters, but its card describes a "
-                f"network of {counts[0]:,} or more. Get both again."
-            )
-            raise InputError(message)
-
-    handle = hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def network_of(card: dict[str, Any], path: Path) -> nn.Module:
-    "The network that a card describes. Raises InputError if it cannot be built."
-    try:
-        return build("network", card["model"]["network"])
-    except InputError:
-        raise
-    except Exception as error:  # options without sense can fail in any way
-        message = (
-            f"The card of {path.name} describes a network that cannot be built "
-            f"({type(error).__name__}: {error}). Get both again."
-        )
-        raise InputError(message) from None
-
-
 # %% ../nbs/2_images/04_cifar10.ipynb #68f9676f
 def load_weights(
     name: str | Path,  # such as "cifar10-soflow", or the path of a .safetensors file
@@ -1318,9 +1300,8 @@ def load_weights(
     content = path.read_bytes()
     check_content(path, content, card)
     vector = parameters_in(content, path)
-    with at_most(vector.numel(), path), torch.device("meta"):
-        network_of(card, path)
     spec = card["model"]
-    model = SolutionModel(network_of(card, path), spec["path"], spec["coefficients"])
+    net = build_within(spec["network"], vector.numel(), path.name)
+    model = SolutionModel(net, spec["path"], spec["coefficients"])
     fill_parameters(path, model, vector)
     return model.eval().requires_grad_(False)

@@ -298,10 +298,10 @@ def described_by(config: str) -> Config:
 
 def lengthened(config: Config, folder: str, more: int) -> Config:
     "The configuration of the run in a folder, with more steps than it has or plans."
-    from soflow_edu.training import resume_run
+    from soflow_edu.training import load_run
 
     check_between("--extend", more, 1, 10**9)
-    steps = resume_run(folder, device="cpu").steps + more
+    steps = load_run(folder).steps + more
     return replace(config, steps=steps, minutes=None, seconds=None)
 
 

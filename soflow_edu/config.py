@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../nbs/1_plane/11_config.ipynb #3c405c8e
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -383,10 +384,19 @@ RUN_FILES = (
 )
 
 
+PRIVATE = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # into which safetensors writes first
+
+
 def sweep(folder: Path, names: Iterable[str] = RUN_FILES):
-    "Removes what killed processes left of files of these names."
-    for path in folder.iterdir():
-        if any(path.name.startswith(f".{name}.") for name in names):
+    """Removes what killed processes left of files of these names.
+
+    Private files of safetensors go with them: they do not say whose they are."""
+    there = list(folder.iterdir())
+    starts = tuple(f".{name}." for name in names)
+    ours = [path for path in there if path.name.startswith(starts)]
+    private = [path for path in there if PRIVATE.fullmatch(path.name)]
+    if ours:
+        for path in private + ours:  # ours last, by which the others are known
             path.unlink(missing_ok=True)
 
 

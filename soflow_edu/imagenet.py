@@ -52,6 +52,7 @@ from .latents import (
     image_folder,
     led,
     open_autoencoder,
+    plan_in,
     read_picture,
     wait_for,
 )
@@ -182,6 +183,8 @@ class LatentPictures:
     They are encoded into the cache; the held-out pictures stand beside. Raises
     InputError as `image_folder` and `encode` do."""
 
+    registered_name = ""  # by which a configuration names them, where it is not `name`
+
     def __init__(
         self,
         name: str,  # by which the latents are kept
@@ -194,13 +197,12 @@ class LatentPictures:
         self.name = name
         self.features = features
         self.folders = both_parts(Path(root))
-        train = self.folders["train"]
         self.size = size
-        self.names = class_words(Path(root), train.classes)
+        self.names = class_words(Path(root), self.folders["train"].classes)
         self.classes = len(self.names)
         self.test_labels = torch.tensor(self.folders["val"].labels)
         self.given = {"autoencoder": autoencoder, "size": size, "flip": flip}
-        self.place = place_of_latents(name, train, **self.given)
+        self.place = place_of_latents(name, self.folders["train"], **self.given)
 
     @cached_property
     def latents(self) -> Latents:
@@ -260,7 +262,9 @@ def imagenette(
     if source == "rendered":
         parts = {"train": each, "val": 30}
         root = scenes_folder(cache_root() / f"scenes-{each}", parts)
-        return LatentPictures("scenes", root, autoencoder, size, flip, "scenes")
+        scenes = LatentPictures("scenes", root, autoencoder, size, flip, "scenes")
+        scenes.registered_name = "imagenette"
+        return scenes
     root = data_root() / "imagenette" if source == "root" else Path(source)
     if not root.is_dir():
         message = (
@@ -455,7 +459,7 @@ def delivered_late(plan: dict, work: Path, path: Path) -> bool:
     done = finished(work)
     if not (done / JOINED).exists() or path.exists():
         return False
-    same = json.loads(read_text(done / PLAN)) == plan
+    same = plan_in(done) == plan
     os.replace(done / JOINED, path)
     if same:
         work.rmdir()
@@ -475,9 +479,7 @@ def begin_sampling(
         return False
     shutil.rmtree(finished(work), ignore_errors=True)
     check_parts(work, path)
-    old = None
-    if (work / PLAN).exists():
-        old = json.loads(read_text(work / PLAN))
+    old = plan_in(work)
     if old:
         check_sampling_plan(old, plan, work)
     if path.exists():
@@ -492,13 +494,35 @@ def begin_sampling(
 
 
 # %% ../nbs/3_imagenet/03_imagenet.ipynb #457621cc
+def read_part(
+    path: Path,  # .npy file
+    count: int,  # of its samples
+) -> np.ndarray:  # uint8 (count, H, W, C)
+    "The samples of a batch. Raises InputError if their file is damaged."
+    try:
+        found = np.load(path, mmap_mode="r")
+        fits = found.dtype == np.uint8 and found.ndim == 4 and len(found) == count
+        sound = fits and found.offset + found.nbytes == path.stat().st_size
+    except Exception:  # the library stumbles over damage in many ways
+        sound = False
+    if not sound:
+        message = (
+            f"{path} is damaged: {count} pictures were expected there. Remove it; the "
+            "same command makes it again."
+        )
+        raise InputError(message)
+    return found
+
+
 def join_parts(
     path: Path,
-    parts: list[Path],  # .npy files of uint8 (n, H, W, C)
+    parts: dict[Path, int],  # .npy files, and how many samples each must hold
 ):
-    "Writes the arrays one behind the other as arr_0 of an .npz."
-    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    """Writes the arrays one behind the other as arr_0 of an .npz.
+
+    Raises InputError if one of them is damaged."""
+    shapes = [read_part(part, count).shape for part, count in parts.items()]
+    whole = (sum(parts.values()), *shapes[0][1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": whole}
     with (
         replacing(path) as temporary,
@@ -506,8 +530,8 @@ def join_parts(
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.load(part).data)
+        for part, count in parts.items():
+            file.write(np.ascontiguousarray(read_part(part, count)).data)
 
 
 # %% ../nbs/3_imagenet/03_imagenet.ipynb #b4be7011
@@ -552,7 +576,9 @@ def sample_together(
     fill_parts(run, plan, pictures, parts, left, str(device), bar and rank == 0)
     wait_for(parts, rank)
     if rank == 0:
-        join_parts(work / JOINED, parts)
+        sizes = count * [plan["batch"]]
+        sizes[-1] = plan["count"] - sum(sizes[:-1])
+        join_parts(work / JOINED, dict(zip(parts, sizes, strict=True)))
         deliver(work, path)
 
 

@@ -798,18 +798,35 @@ PLAN = "plan.json"
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #70c3dfa3
-def read_plan(work: Path) -> Plan | None:
-    "The plan of unfinished work, if there is any. Raises InputError if it is damaged."
+def damaged_plan(work: Path) -> InputError:  # to be raised by the caller
+    return InputError(
+        f"{work / PLAN} is damaged, so it is unknown what was being made. "
+        f"Remove the folder {work} and begin again."
+    )
+
+
+def plan_in(work: Path) -> dict[str, Any] | None:
+    "The plan of unfinished work as it was written, if there is any."
     if not (work / PLAN).exists():
         return None
     try:
-        return Plan(**json.loads(read_text(work / PLAN)))
-    except (TypeError, ValueError):
-        message = (
-            f"{work / PLAN} is damaged, so it is unknown what was being encoded. "
-            f"Remove the folder {work} and begin again."
-        )
-        raise InputError(message) from None
+        plan = json.loads(read_text(work / PLAN))
+    except (ValueError, RecursionError):
+        plan = None
+    if not isinstance(plan, dict):
+        raise damaged_plan(work)
+    return plan
+
+
+def read_plan(work: Path) -> Plan | None:
+    "The plan of unfinished work, if there is any. Raises InputError if it is damaged."
+    found = plan_in(work)
+    if found is None:
+        return None
+    try:
+        return Plan(**found)
+    except TypeError:
+        raise damaged_plan(work) from None
 
 
 # %% ../nbs/3_imagenet/02_latents.ipynb #93ba3f36

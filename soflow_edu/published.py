@@ -419,8 +419,8 @@ def load_tensors(path: Path) -> Any:
     """What a torch file holds, tensors on the CPU.
 
     Raises InputError if it is cut, no torch file, or holds other objects."""
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
         if is_zip:
             check_plain(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

@@ -220,7 +220,7 @@ class BatchVelocity(Conditional):
 # %% ../nbs/1_plane/09_soflow.ipynb #3bfcc285
 def shortened(
     v: torch.Tensor,  # (n, ...)
-    most: torch.Tensor,  # one number
+    most: torch.Tensor,  # (n,), or one number
 ) -> torch.Tensor:  # (n, ...)
     "Each row with at most this norm; rows that have it are left to the bit."
     norm = v.flatten(1).norm(dim=1)

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ from .config import (
     to_yaml,
 )
 from .core import InputError, build, describe, names
+from .distributions import GIVEN
 from .flow_matching import Batch, Draws
 from .protocols import Objective
 from .solution import SolutionModel
@@ -228,14 +230,38 @@ def processes() -> tuple[int, int]:  # rank of this process, number of processes
 
 
 # %% ../nbs/1_plane/12_training.ipynb #86dbeecc
+LOST = ("gloo", "nccl", "connection", "socket")  # words of errors between processes
+
+
+@contextmanager
+def in_company() -> Iterator[None]:
+    "A context in which InputError says that another of the processes is gone."
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        alone_here = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if alone_here or not any(word in said.lower() for word in LOST):
+            raise
+        message = (
+            f"Another process of this training is gone or out of reach ({said}). "
+            "Start all again; with --resume they go on from the last checkpoint."
+        )
+        raise InputError(message) from None
+
+
+# %% ../nbs/1_plane/12_training.ipynb #a178e1f1
 def join_processes(device: str = "auto") -> int:  # rank, 0 if it is alone
-    "Joins the processes that torchrun or accelerate launch has started, if they have."
+    """Joins the processes that torchrun or accelerate launch has started, if they have.
+
+    Raises InputError if the others cannot be reached."""
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together and not distributed.is_initialized():
         place = choose_device(device)
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        with in_company():
+            distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return processes()[0]
 
 
@@ -817,21 +843,24 @@ def in_full(description: str | dict) -> dict[str, Any]:
     return {"name": description} if isinstance(description, str) else description
 
 
+def says_its_name(data: Any, description: str | dict) -> bool:
+    "Whether data without a description are those of a name, by their own word."
+    own = (getattr(data, "registered_name", None), getattr(data, "name", None))
+    return in_full(description).get("name") in own
+
+
 def recorded(config: Config, data: Any, model: SolutionModel, batch: Batch) -> Config:
     """The configuration with the data that are given.
 
     Raises InputError if it names others."""
     found = getattr(data, "description", None)
-    if found is None and config.data is not None:
-        name = in_full(config.data).get("name")
-        if name not in names("data"):  # a toy would have told
-            return config
+    if found is None and config.data is not None and says_its_name(data, config.data):
+        return config
     if found is None:
         shape = list(batch.x0.shape[1:])
         classes = model.net.classes if batch.y is not None else 0
-        return replace(
-            config, data={"name": "given", "shape": shape, "classes": classes}
-        )
+        given = {"name": GIVEN, "shape": shape, "classes": classes}
+        return replace(config, data=given)
     if config.data is not None and in_full(config.data) != in_full(found):
         message = (
             f"The configuration says that the data are {config.data!r}, but those that "
@@ -945,14 +974,29 @@ def set_aside(out: Path):
         fresh_folder(out)
 
 
+def as_stored(run: Run) -> dict[str, Any]:
+    "The description of a run as it is read again: tuples have become lists."
+    return json.loads(json.dumps(about(run)))
+
+
+def is_earlier_step(stored: dict[str, Any], run: Run) -> bool:
+    "Whether a stored description is of a run itself, at this step or before."
+    now = as_stored(run)
+    there = read_yaml(stored["config"])
+    here = read_yaml(now["config"])
+    shaping = [name for name in here if name in there and name not in FREE]
+    alike = all(there[name] == here[name] for name in shaping)
+    parts = all(stored[name] == now[name] for name in ("model", "objective"))
+    return alike and parts and stored["step"] <= run.step
+
+
 def check_place(out: Path, run: Run):
     "Raises InputError if a folder holds another run than the one that goes on."
     path = out / "checkpoint.safetensors"
     if not path.exists():
         return
     stored = read_description(path)
-    same = stored["model"] == run.model.spec() and stored["objective"] == run.objective
-    if not same or stored["step"] > run.step:
+    if not is_earlier_step(stored, run):
         message = (
             f"{out} holds another run, or a later step of this one "
             f"({stored['step']} after {run.step}). Choose another folder."
@@ -1036,14 +1080,16 @@ def train(
     Of several processes only the first writes, shows and tracks. Raises InputError if
     data, model and configuration do not fit, if the loss stops being finite or runs
     away, if `resume` belongs to another model, objective or configuration, if the
-    network could not be loaded from `out` again, if another run is writing there, or
-    if a checkpoint cannot be written; Stopped if a run with `out` is told to stop."""
+    network could not be loaded from `out` again, if another run is writing there, if a
+    checkpoint cannot be written, or if one of several processes is gone; Stopped if a
+    run with `out` is told to stop."""
     if since is None:
         since = clock(device_of(model), bool(config.minutes))
     run = opened(model, objective, data, config, resume, out)
     is_first = processes()[0] == 0
     watch = Stopwatch(run, since)
-    with folder_of(out, run, resume is not None), noticing(bool(out)) as signals:
+    folder = folder_of(out, run, resume is not None)
+    with folder, noticing(bool(out)) as signals, in_company():
         if not run.steps:
             plan(run, watch, first_pace(run, objective, data))
             watch.restart(run)
@@ -1476,9 +1522,10 @@ SPARE = 1_000_000  # numbers that a network may hold besides those that are save
 
 
 @contextmanager
-def no_larger_than(tensors: dict[str, torch.Tensor], source) -> Iterator[None]:
-    "Building in this context raises InputError beyond the numbers that a file holds."
-    held = sum(value.numel() for value in tensors.values())
+def no_larger_than(held: int, source) -> Iterator[None]:
+    """Building in this context raises InputError beyond the numbers that a file holds.
+
+    Some more are allowed: not all that a network holds is saved."""
     most = 2 * held + SPARE
     built = 0
 
@@ -1504,17 +1551,24 @@ def no_larger_than(tensors: dict[str, torch.Tensor], source) -> Iterator[None]:
 
 
 # %% ../nbs/1_plane/12_training.ipynb #137e5529
-def build_like(spec: Any, tensors: dict[str, torch.Tensor], source) -> nn.Module:
-    """The network of a description, which must have the given tensors.
+def build_within(
+    spec: Any,  # of a network
+    held: int,  # numbers that its file holds
+    source,  # the file
+    check: Callable[[nn.Module], None] | None = None,  # sees it without memory first
+) -> nn.Module:
+    """The network of a description in a file, which holds no more than the file.
 
-    Raises InputError if it cannot be built, or has others."""
+    Raises InputError if it cannot be built, or would be larger."""
     try:
-        with no_larger_than(tensors, source):
+        with no_larger_than(held, source):
             try:
                 with torch.device("meta"):
-                    check_names(build("network", spec), tensors, source)
+                    trial = build("network", spec)
             except NotImplementedError:  # it cannot be built without memory
-                pass
+                trial = None
+            if check and trial is not None:
+                check(trial)
             return build("network", spec)
     except InputError:
         raise
@@ -1524,6 +1578,15 @@ def build_like(spec: Any, tensors: dict[str, torch.Tensor], source) -> nn.Module
             f"{type(error).__name__}: {error}. Restore it from a copy."
         )
         raise InputError(message) from error
+
+
+def build_like(spec: Any, tensors: dict[str, torch.Tensor], source) -> nn.Module:
+    """The network of a description, which must have the given tensors.
+
+    Raises InputError if it cannot be built, or has others."""
+    held = sum(value.numel() for value in tensors.values())
+    check = partial(check_names, tensors=tensors, source=source)
+    return build_within(spec, held, source, check)
 
 
 # %% ../nbs/1_plane/12_training.ipynb #8d277267

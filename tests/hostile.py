@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from soflow_edu import grading
 from soflow_edu.grading import (
     Assignment,
     read_assignment,
@@ -467,3 +468,70 @@ def damaged(assignment: Assignment, kind: str) -> bytes:
         return whole.replace(b'"metadata": {}', b'"metadata": ' + b"[" * 10**6, 1)
     cells[0]["source"] = 5
     return as_bytes(cells)
+
+
+class SmallClass:
+    "A class with a hostile student, and what the student must not reach."
+
+    def __init__(self, folder):
+        grading.adopt()
+        self.solved = folder / "solved"
+        self.home = folder / "submissions"
+        self.marks = folder / "marks"
+        self.assignment = write_solved(self.solved)
+        self.victim = self.write("zoe", RIGHT)
+        self.whole = self.victim.read_bytes()
+        self.marks.mkdir()
+        (self.marks / "marks.csv").write_text("0")
+        (self.marks / "nbgrader").mkdir()
+        (self.marks / "nbgrader/gradebook.db").touch()
+
+    def write(self, student, answer):
+        path = self.home / student / "small.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for word, place in (
+            ("SOLVED", self.solved),
+            ("VICTIM", self.home / "zoe/small.ipynb"),
+            ("MARKS", self.marks),
+        ):
+            answer = answer.replace(word, str(place))
+        cells = answered(self.assignment, answer, student)
+        path.write_bytes(as_bytes(cells))
+        return path
+
+    def examine(self, answer, seconds=4):
+        "The points of both questions, and what is to be looked at."
+        a = self.assignment
+        staged = grading.staged_file(a, self.write("eve", answer), "eve")
+        tests = {q.graded_name: q.tests["source"] for q in a.questions}
+        for cell in staged.cells:
+            name = grading.tag_of(cell).get("grade_id")
+            cell["source"] = tests.get(name, cell["source"])
+        places = (self.solved, self.home, self.marks)
+        closed = grading.closed_folders(*places)
+        taken = grading.Examining(a, staged.cells, "eve", seconds, closed)
+        taken.take()
+        errors = {}
+        for k, error in taken.errors.items():
+            errors[grading.tag_of(staged.cells[k]).get("grade_id")] = error
+        points = ["0" if errors[name] else "1" for name in tests]
+        return points, [*taken.remarks, *grading.unusual(staged.cells)]
+
+    def stands(self, attack, fence):
+        "What an attack reached that it should not, one line each."
+        before = grading.children()
+        points, look = self.examine(attack.answer)
+        found = []
+        if grading.children() != before:
+            found.append("something is left of it")
+        if fence == "python" and attack.needs:
+            return found
+        if points != [attack.due, attack.second]:
+            found.append(f"points {points}, due {[attack.due, attack.second]}")
+        if attack.note not in " ".join(look):
+            found.append(f"the notes lack {attack.note!r}")
+        if self.victim.read_bytes() != self.whole:
+            found.append("another student's file was changed")
+        if (self.marks / "marks.csv").read_text() != "0":
+            found.append("marks were changed")
+        return found

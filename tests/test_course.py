@@ -5,10 +5,10 @@ import json
 import re
 import subprocess
 
-import hostile
 import pytest
 from filelock import FileLock  # comes with torch
 
+import hostile
 from helpers import ROOT, program
 from soflow_edu import grading
 from soflow_edu.cli import COMMANDS
@@ -775,69 +775,9 @@ def fence(kind, monkeypatch):
         pytest.skip(NO_BUBBLEWRAP)
 
 
-class Class:
-    "A class with a hostile student, and what the student must not reach."
-
-    def __init__(self, folder):
-        self.solved = folder / "solved"
-        self.home = folder / "submissions"
-        self.marks = folder / "marks"
-        self.assignment = hostile.write_solved(self.solved)
-        self.victim = self.write("zoe", hostile.RIGHT)
-        self.whole = self.victim.read_bytes()
-        self.marks.mkdir()
-        (self.marks / "marks.csv").write_text("0")
-        (self.marks / "nbgrader").mkdir()
-        (self.marks / "nbgrader/gradebook.db").touch()
-
-    def write(self, student, answer):
-        path = self.home / student / "small.ipynb"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for word, place in (
-            ("SOLVED", self.solved),
-            ("VICTIM", self.home / "zoe/small.ipynb"),
-            ("MARKS", self.marks),
-        ):
-            answer = answer.replace(word, str(place))
-        cells = hostile.answered(self.assignment, answer, student)
-        path.write_bytes(hostile.as_bytes(cells))
-        return path
-
-    def examine(self, answer, seconds=4):
-        "The points of both questions, and what is to be looked at."
-        a = self.assignment
-        staged = grading.staged_file(a, self.write("eve", answer), "eve")
-        tests = {q.graded_name: q.tests["source"] for q in a.questions}
-        for cell in staged.cells:
-            name = grading.tag_of(cell).get("grade_id")
-            cell["source"] = tests.get(name, cell["source"])
-        places = (self.solved, self.home, self.marks)
-        closed = grading.closed_folders(*places)
-        taken = grading.Examining(a, staged.cells, "eve", seconds, closed)
-        taken.take()
-        errors = {}
-        for k, error in taken.errors.items():
-            errors[grading.tag_of(staged.cells[k]).get("grade_id")] = error
-        points = ["0" if errors[name] else "1" for name in tests]
-        return points, [*taken.remarks, *grading.unusual(staged.cells)]
-
-
 @pytest.fixture
 def small(tmp_path):
-    grading.adopt()
-    return Class(tmp_path)
-
-
-def attack_holds(small, attack, kind):
-    before = grading.children()
-    points, look = small.examine(attack.answer)
-    assert grading.children() == before, "something is left of it"
-    if kind == "python" and attack.needs:
-        return
-    assert points == [attack.due, attack.second]
-    assert attack.note in " ".join(look)
-    assert small.victim.read_bytes() == small.whole
-    assert (small.marks / "marks.csv").read_text() == "0"
+    return hostile.SmallClass(tmp_path)
 
 
 QUICK = ("an input transformer", "a helper replaced in memory", "a process that stays")
@@ -846,7 +786,8 @@ ATTACKS = {attack.name: attack for attack in hostile.ATTACKS}
 
 @pytest.mark.parametrize("name", QUICK)
 def test_some_attacks_fail(name, small):
-    attack_holds(small, ATTACKS[name], "bubblewrap" if grading.can_wrap() else "python")
+    kind = "bubblewrap" if grading.can_wrap() else "python"
+    assert small.stands(ATTACKS[name], kind) == []
 
 
 @pytest.mark.slow
@@ -855,7 +796,7 @@ def test_some_attacks_fail(name, small):
 def test_attacks_fail(name, kind, small, monkeypatch):
     "Each loses its own question at most, reaches nothing, and leaves nothing."
     fence(kind, monkeypatch)
-    attack_holds(small, ATTACKS[name], kind)
+    assert small.stands(ATTACKS[name], kind) == []
 
 
 TWELVE = (

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import complaint
 from soflow_edu import imagenet
 from soflow_edu.config import alone, load_config, make_config
 from soflow_edu.core import InputError, build, describe
@@ -311,18 +312,20 @@ def test_what_cannot_be_sampled_is_refused_before_there_is_a_plan(folder, tmp_pa
 
 
 def test_parts_are_joined_without_being_held(tmp_path):
-    parts = []
+    parts = {}
     arrays = []
     for k in range(3):
         numbers = np.random.default_rng(k)
         arrays.append(numbers.integers(0, 256, (k + 1, 4, 5, 3), np.uint8))
-        parts.append(tmp_path / f"{k}.npy")
-        np.save(parts[k], arrays[k])
+        np.save(tmp_path / f"{k}.npy", arrays[k])
+        parts[tmp_path / f"{k}.npy"] = k + 1
     whole = np.concatenate(arrays)
     path = tmp_path / "all.npz"
     join_parts(path, parts)
     assert np.array_equal(samples_in(path), whole)
     assert torch.equal(read_npz(path), torch.from_numpy(whole))
+    parts[tmp_path / "2.npy"] = 4
+    assert "2.npy is damaged: 4 pictures" in complaint(join_parts, path, parts)
 
 
 def test_a_sheet_has_a_column_for_each_class(folder, tmp_path):
