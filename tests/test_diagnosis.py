@@ -267,6 +267,7 @@ def test_guided_truth_is_told_from_an_unguided_map():
 
 # ------------------------------------------------------------------------ pictures
 PICTURES = FiniteSet(randn(40, 3, 8, 8), torch.arange(40) % 4)
+PICTURES.name = "pictures of a test"  # as its configuration says
 NOISE = {"x1": randn(32, 3, 8, 8, seed=1), "y": torch.arange(32) % 4}
 
 

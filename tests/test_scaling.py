@@ -107,6 +107,7 @@ def test_memory_of_published_sizes():
     assert one.total == one.state + kept_bytes(DiT("B/4").spec(), 1)
 
 
+@pytest.mark.slow
 def test_a_plan():
     assert "DiT-XL-2" in plan_table("A100", (8,))
     assert plan_table("A100") != plan_table()
