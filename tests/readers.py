@@ -119,7 +119,7 @@ l_init_ratio: 0.1
 l_end_ratio: 0.002
 total_steps: 400000
 ema_decay_rate: 0.9999
-learning_rate: 1e-4
+learning_rate: '1e-4'
 betas: [0.9, 0.99]
 weight_decay: 0
 batch_size: 256

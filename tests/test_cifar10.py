@@ -21,6 +21,7 @@ from PIL import Image
 
 from faults import within
 from helpers import complaint
+from readers import UNET as SMALL
 from soflow_edu import cifar10 as chapter
 from soflow_edu.cifar10 import (
     CLASSES,
@@ -49,16 +50,6 @@ from soflow_edu.odes import OdeFlow
 from soflow_edu.training import assemble, begin, finish, save_run, train
 from soflow_edu.unet import UNet
 
-SMALL = {
-    "name": "unet",
-    "width": 8,
-    "multipliers": [1],
-    "blocks": 1,
-    "attention": [],
-    "dropout": 0.0,
-    "augment": 0,
-    "patch": 4,
-}
 SHARED = os.environ.get("SOFLOW_DATA", "")  # the data root, if there is one
 
 

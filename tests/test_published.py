@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from helpers import PARITY, complaint, program, soflow
+from readers import PUBLISHED as B4
 from soflow_edu import published
 from soflow_edu.config import load_config, make_config, read_yaml, to_yaml
 from soflow_edu.consistency import towards
@@ -83,31 +84,6 @@ eval_demo_shape: [8, 8]
 ckpt_saving_steps: 10000
 logging_steps: 100
 seed: 42
-"""
-B4 = """
-noising_type: Linear
-coefficient_type: Euler
-model_type: DiT-B-4
-dataset_path: latents.hdf5
-velocity_loss_ratio: 0.75
-p: 1.0
-eps: 0.01
-time_mean: [-0.2, -1.0, 0.2]
-time_std: [1.0, 0.8, 0.8]
-cfg_scale: 3.0
-mix_ratio: 0.25
-cfg_drop_rate: 0.1
-cfg_decay_time: 0.8
-l_schedule: Exponent
-l_init_ratio: 0.1
-l_end_ratio: 0.002
-total_steps: 400000
-ema_decay_rate: 0.9999
-learning_rate: '1e-4'
-betas: [0.9, 0.99]
-weight_decay: 0
-batch_size: 256
-seed: 1
 """
 
 
