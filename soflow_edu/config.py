@@ -109,10 +109,13 @@ def check_types(config):
 
 
 # %% ../nbs/1_plane/11_config.ipynb #ac694b57
+LARGEST = 2**1023  # which floats hold
+
+
 def as_annotated(value: Any, kind: Any) -> Any:
     "The value with its int made a float, or its list a tuple, where these are meant."
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and kind in (float, float | None):
+    if whole and abs(value) < LARGEST and kind in (float, float | None):
         return float(value)
     if kind is tuple:
         return tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -246,7 +249,7 @@ def read_yaml(
     text = read_text(Path(source)) if names_file(source) else str(source)
     try:
         content = yaml.load(text, number_loader())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = f"{source} is not readable as YAML: {error}"
         raise InputError(message) from None
     if not isinstance(content, dict):

@@ -873,7 +873,7 @@ def read_mark(path: Path) -> dict[str, str] | None:
     "What a mark says; None if there is no sound one."
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

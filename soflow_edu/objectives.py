@@ -921,7 +921,7 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, RecursionError, OSError):
         rows = None
     if not isinstance(rows, list) or not all(is_row(row) for row in rows):
         message = (

@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 # %% ../nbs/3_imagenet/04_published.ipynb #fb40e855
+import io
 import json
 import math
 import re
@@ -21,7 +22,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,10 +145,18 @@ def as_number(value) -> float:
     "A number, also when it is written as a string; NaN if it is none."
     if isinstance(value, bool):
         return math.nan
+    over = [value]
+    if isinstance(value, str):
+        over = value.split("/")
     try:
-        return float(Fraction(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError, ZeroDivisionError):
+        numbers = [float(part) for part in over]
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2 and numbers[1] != 0:
+        return numbers[0] / numbers[1]
+    return math.nan
 
 
 def number(value, name: str, low: float = -math.inf) -> float:
@@ -401,6 +409,20 @@ def read_published(
     )
 
 
+# %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7-lines
+class ShortLines(io.BufferedReader):
+    "A file in which a name is a line, as in a pickle, and no name is endless."
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(4096)
+        if line and not line.endswith(b"\n"):
+            message = (
+                f"{self.name} is damaged: it holds an endless name. Copy it again."
+            )
+            raise InputError(message)
+        return line
+
+
 # %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7
 def check_plain(path: Path):
     "Raises InputError for a zip file that would be larger in memory than it is."
@@ -419,11 +441,13 @@ def load_tensors(path: Path) -> Any:
     """What a torch file holds, tensors on the CPU.
 
     Raises InputError if it is cut, no torch file, or holds other objects."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
+        if zipfile.is_zipfile(path):
             check_plain(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, mmap=True, **options)
+        with ShortLines(io.FileIO(path)) as file:  # of torch before 1.6
+            return torch.load(file, **options)
     except InputError:
         raise
     except Exception as error:  # a reader of pickles can stumble in any way
@@ -1462,7 +1486,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises InputError if it is missing, cut or holds anything else."""
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"{path} is cut or no JSON file ({error}). Copy it again."
         raise InputError(message) from None
     if not isinstance(content, dict) or not content:

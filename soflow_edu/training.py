@@ -1404,7 +1404,7 @@ def described_run(path: Path, header: dict[str, str]) -> dict[str, Any]:
     words = header.get("about", "{}")
     try:
         description = json.loads(words)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise damaged(path, "the description is") from None
     known = isinstance(description, dict)
     if not known or description.get("format") not in (FORMAT, EARLIER):

@@ -295,9 +295,19 @@ def with_digits(content: bytes, generator: random.Random) -> bytes:
         return with_noise(content, generator)
     k = generator.choice(digits)
     end = k + 1
-    more = b"9" * generator.choice([1, 3, 9, 30])
+    more = b"9" * generator.choice([1, 3, 9, 30, 400, 5000])
     kept = generator.choice([0, len(more)])  # in place of as many bytes, or between
     return content[:k] + more + content[end + kept :]
+
+
+def with_a_stretch(content: bytes, generator: random.Random) -> bytes:
+    "One byte many times, as a disk leaves it, in place of others or between them."
+    start = place_in(content, generator)
+    byte = generator.choice([b"\0", b"\xff", b"[", b"9", content[start : start + 1]])
+    size = generator.choice([16, 512, 4096, 2**17])
+    kept = generator.choice([0, size])
+    end = start + size - kept
+    return content[:start] + byte * size + content[end:]
 
 
 def with_another_head(content: bytes, generator: random.Random) -> bytes:
@@ -320,6 +330,7 @@ DAMAGES = (
     with_number,
     with_noise,
     with_digits,
+    with_a_stretch,
     with_another_head,
 )
 
