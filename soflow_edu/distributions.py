@@ -420,14 +420,23 @@ def query_rows(
 
 # %% ../nbs/1_plane/03_distributions.ipynb #f5cb4971
 def point_rows(
-    mu: torch.Tensor,  # (K, D)
-    weights: torch.Tensor,  # (K, 1)
-) -> torch.Tensor:  # (K, D + 2)
+    mu: torch.Tensor,  # (..., K, D)
+    weights: torch.Tensor,  # (..., K, 1)
+) -> torch.Tensor:  # (..., K, D + 2)
     "The points' factor of the logits (eq. 1.3.5)."
-    return torch.cat([mu, (mu**2).sum(1, True), weights.log()], 1)
+    return torch.cat([mu, (mu**2).sum(-1, True), weights.log()], -1)
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #f5cb4974
+def weighted_sum(
+    weights: torch.Tensor,  # (B, k)
+    values: torch.Tensor,  # (k, D), or others for each row of weights (B, k, D)
+) -> torch.Tensor:  # (B, D)
+    if values.ndim == 2:
+        return weights @ values
+    return (weights[:, None] @ values)[:, 0]
+
+
 class RunningMean:
     "The mean of points with softmax weights, which come chunk by chunk."
 
@@ -439,12 +448,13 @@ class RunningMean:
     def add(
         self,
         logits: torch.Tensor,  # (B, k)
-        mu: torch.Tensor,  # (k, D)
+        mu: torch.Tensor,  # (k, D), or (B, k, D)
     ) -> None:
         "Adds the points of a chunk."
-        values = torch.cat([mu, torch.ones_like(mu[:, :1])], 1)
+        values = torch.cat([mu, torch.ones_like(mu[..., :1])], -1)
         top = torch.maximum(self.top, logits.amax(1, True))
-        self.sums = self.sums * (self.top - top).exp() + (logits - top).exp() @ values
+        new = weighted_sum((logits - top).exp(), values)
+        self.sums = self.sums * (self.top - top).exp() + new
         self.top = top
 
     def mean(self) -> torch.Tensor:  # (B, D)
@@ -456,32 +466,109 @@ class RunningMean:
         return self.top + (self.sums[:, -1:] / share).log()
 
 
+# %% ../nbs/1_plane/03_distributions.ipynb #cab1d31b
+HEAVIEST = 32  # points of a query that are weighed again
+
+
+class Heaviest:
+    "The heaviest points of each query so far."
+
+    def __init__(self, queries: torch.Tensor):  # (B, ...)
+        self.logits = queries.new_zeros(len(queries), 0)
+        self.numbers = self.logits.long()  # of the points
+
+    def add(
+        self,
+        logits: torch.Tensor,  # (B, k)
+        first: int,  # number of the first point of the chunk
+    ) -> None:
+        "Looks through the points of a chunk."
+        largest, place = logits.topk(min(HEAVIEST, logits.shape[1]), 1, sorted=False)
+        logits = torch.cat([self.logits, largest], 1)
+        numbers = torch.cat([self.numbers, place + first], 1)
+        count = min(HEAVIEST, logits.shape[1])
+        self.logits, kept = logits.topk(count, 1, sorted=False)
+        self.numbers = numbers.gather(1, kept)
+
+
+# %% ../nbs/1_plane/03_distributions.ipynb #4ad0c6f1
+ROUNDING = 1e-6  # share of a sum in float32 that may be its rounding
+
+
+def without(
+    rough: RunningMean,
+    heaviest: Heaviest,
+    mu: torch.Tensor,  # (B, k, D) float64, the heaviest points
+) -> RunningMean:  # in float64
+    "A rough mean of all points but the heaviest."
+    left = RunningMean(rough.sums.double())
+    top = rough.top.double()
+    taken = RunningMean(torch.zeros_like(left.sums))
+    taken.top = top
+    taken.add(heaviest.logits.double(), mu)
+    left.sums = left.sums - taken.sums
+    is_rounding = left.sums[:, -1:] < ROUNDING * rough.sums[:, -1:]
+    left.sums = left.sums.masked_fill(is_rounding, 0.0)
+    left.top = torch.where(is_rounding, left.top, top)
+    return left
+
+
+def weighed_again(
+    rough: RunningMean,
+    heaviest: Heaviest,
+    queries: torch.Tensor,  # (B, D + 2) float64
+    points: torch.Tensor,  # (N, ...)
+    weights: torch.Tensor,  # (N,)
+    centre: torch.Tensor,  # (D,) from which points are counted
+) -> RunningMean:  # in float64
+    "The mean with the heaviest points of each query weighed in float64."
+    numbers = heaviest.numbers.to(points.device)
+    mu = points[numbers].flatten(2).to(queries) - centre
+    rows = point_rows(mu, weights[numbers, None].to(queries))
+    exact = (rows @ queries[..., None])[..., 0]
+    exact = exact.masked_fill(heaviest.logits == -torch.inf, -torch.inf)
+    running = without(rough, heaviest, mu)
+    running.add(exact, mu)
+    return running
+
+
 # %% ../nbs/1_plane/03_distributions.ipynb #f5cb4978
 def running_mean(
-    queries: torch.Tensor,  # (B, D + 2), from query_rows
+    queries: torch.Tensor,  # (B, D + 2) float64, from query_rows
     points: torch.Tensor,  # (N, ...)
     weights: torch.Tensor,  # (N,)
     labels: torch.Tensor,  # (N,)
     y: torch.Tensor | None,  # (B,)
+    centre: torch.Tensor,  # (D,) from which points and queries are counted
     chunk: int,  # points at a time
-) -> RunningMean:
+    kind: torch.dtype = torch.float64,  # of the products
+) -> RunningMean:  # in float64
     "The mean of a set of points, weighed by their posterior probability."
-    running = RunningMean(torch.zeros_like(queries[:, 1:]))
-    for i in range(0, len(points), chunk):
-        block = slice(i, i + chunk)
-        mu = points[block].flatten(1).to(queries)
-        logits = queries @ point_rows(mu, weights[block, None].to(queries)).T
-        running.add(of_class(logits, labels[block], y), mu)
-    return running
+    rows = queries.to(kind)
+    running = RunningMean(torch.zeros_like(rows[:, 1:]))
+    heaviest = Heaviest(rows)
+    for first in range(0, len(points), chunk):
+        block = slice(first, first + chunk)
+        mu = points[block].flatten(1).to(rows) - centre.to(rows)
+        products = rows @ point_rows(mu, weights[block, None].to(rows)).T
+        logits = of_class(products, labels[block], y)
+        running.add(logits, mu)
+        if kind != torch.float64:
+            heaviest.add(logits, first)
+    if kind == torch.float64:
+        return running
+    return weighed_again(running, heaviest, queries, points, weights, centre)
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #f5cb497b
 def class_weight(
     weights: torch.Tensor,  # (N,), with sum 1
     labels: torch.Tensor,  # (N,)
-    y: torch.Tensor,  # (B,)
-) -> torch.Tensor:  # (B, 1)
+    y: torch.Tensor | None,  # (B,)
+) -> float | torch.Tensor:  # (B, 1)
     "The weight that the query's class has among all."
+    if y is None:
+        return 1.0
     per_class = weights.new_zeros(int(labels.max()) + 1)
     per_class = per_class.index_add(0, labels.to(y.device), weights)
     return per_class[y][:, None]
@@ -501,14 +588,20 @@ def checked_points(points, labels, weights) -> tuple[torch.Tensor, ...]:
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #c5a94639
-def check_not_singular(beta: torch.Tensor) -> None:
-    "Raises InputError where the path has no noise."
+def signal_and_noise(
+    t: torch.Tensor,  # (B,)
+    path: Path,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, 1) each, float64
+    "alpha(t) and beta(t). Raises InputError where the path has no noise."
+    alpha = path.alpha(t.double())[:, None]
+    beta = path.beta(t.double())[:, None]
     if not (beta > 0).all():
         message = (
             "The velocity of a finite set is singular at t = 0. Stop at t = 0.001 "
             "and take the posterior mean, as ExactFlow does."
         )
         raise InputError(message)
+    return alpha, beta
 
 
 def half_square(
@@ -518,6 +611,21 @@ def half_square(
     "Minus what all points share in the logarithm of a Gaussian density."
     norm = (2 * torch.pi * beta**2).log()
     return 0.5 * ((rows**2).sum(1, True) / beta**2 + rows.shape[1] * norm)
+
+
+LONG = 64  # coordinates from which on float32 pays
+
+
+def kind_of_products(x: torch.Tensor) -> torch.dtype:
+    "Float64 for queries of that kind, and for short ones."
+    is_exact = x.dtype == torch.float64 or x[0].numel() < LONG
+    return torch.float64 if is_exact else torch.float32
+
+
+def middle_of(points: torch.Tensor) -> torch.Tensor:  # (N, ...) -> (D,) float64
+    "The mean of points, without a copy of them."
+    sums = [part.flatten(1).double().sum(0) for part in points.split(2048)]
+    return torch.stack(sums).sum(0) / len(points)
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #e020193a
@@ -531,14 +639,15 @@ class FiniteSet(Distribution):
         points: torch.Tensor,  # (N, ...)
         labels: torch.Tensor | None = None,  # (N,) classes, all 0 if not given
         weights: torch.Tensor | None = None,  # (N,), equal if not given
-        chunk: int = 2048,  # points that are held in float64 at a time
+        chunk: int = 2048,  # points that are looked at together
     ):
         points, labels, weights = checked_points(points, labels, weights)
         super().__init__(points.shape[1:], labels)
         self.points = points
+        self.centre = middle_of(points)
         self.weights = weights / weights.sum()
         self.chunk = chunk
-        self.row_size = chunk + points[0].numel()
+        self.row_size = chunk + (1 + 2 * HEAVIEST) * points[0].numel()
 
     def sample(
         self, n: int, generator: torch.Generator
@@ -550,26 +659,29 @@ class FiniteSet(Distribution):
     def block_posterior(
         self, x: torch.Tensor, t: torch.Tensor, path: Path, y: torch.Tensor | None
     ) -> Posterior:
-        "The posterior of a block of queries, in float64 inside."
-        rows = x.flatten(1).double()
-        a = path.alpha(t.double())[:, None]
-        b = path.beta(t.double())[:, None]
-        check_not_singular(b)
+        "The posterior of a block of queries, in float64 wherever digits could be lost."
+        a, b = signal_and_noise(t, path)
+        centre = self.centre.to(a)
+        rows = x.flatten(1).double() - a * centre
         running = running_mean(
             query_rows(rows, a, b),
             self.points,
             self.weights,
             self.labels,
             y,
+            centre,
             self.chunk,
+            kind_of_products(x),
         )
-        m0 = running.mean()
-        score = (a * m0 - rows) / b**2  # -m1 / b, eq. 1.3.6
-        share = (
-            1.0 if y is None else class_weight(self.weights.to(rows), self.labels, y)
-        )
+        middle = running.mean()
+        score = (a * middle - rows) / b**2  # -m1 / b, eq. 1.3.6
+        share = class_weight(self.weights.to(rows), self.labels, y)
         log_density = running.log_sum(share) - half_square(rows, b)
-        return m0.view_as(x).to(x), score.view_as(x).to(x), log_density[:, 0].to(x)
+        return (
+            (centre + middle).view_as(x).to(x),
+            score.view_as(x).to(x),
+            log_density[:, 0].to(x),
+        )
 
 
 # %% ../nbs/1_plane/03_distributions.ipynb #f53f571e
