@@ -271,7 +271,7 @@ def number_loader() -> type:
     class Loader(yaml.SafeLoader):
         pass
 
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     first_letters = list("-+.0123456789")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, first_letters)
     return Loader
