@@ -537,7 +537,7 @@ WORDS_OF = {
     "together": "Two processes that train together, one of them killed; and two runs "
     "started in one folder at the same moment.",
     "damage": "Damaged files: bits turned, files cut, numbers replaced, noise, digits "
-    "made many, the head of another kind of file.",
+    "made many, one byte many times, the head of another kind of file.",
     "marks": "Hostile answers to an assignment, marked behind each of the two fences. "
     "Two of them call the system behind Python's back, which only the fence of "
     "bubblewrap can stop; behind the other they must leave nothing running.",

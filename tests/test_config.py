@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from faults import in_child
 from helpers import complaint
 from soflow_edu.config import (
     cache_root,
@@ -17,6 +18,7 @@ from soflow_edu.config import (
     shipped_configs,
     to_yaml,
 )
+from soflow_edu.core import InputError
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -27,6 +29,26 @@ def test_a_shipped_configuration_is_the_same_after_it_was_written(name):
 
 def test_a_misspelt_key_is_refused():
     assert "learning_rate" in complaint(make_config, {"lerning_rate": 1})
+
+
+ENDLESS = {
+    "a number": "steps: " + "9" * 2**17,
+    "a word that begins as a number": "data: " + "9" * 2**17 + "a",
+    "an exponent": "learning_rate: 1e" + "9" * 2**17,
+    "nesting": "imports: " + "[" * 2**17,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_has_no_end_is_refused_or_read_at_once(name):
+    def read():
+        try:
+            return bool(read_yaml(ENDLESS[name]))
+        except InputError:
+            return False
+
+    ended = in_child(read, seconds=20)
+    assert ended.how == "done", ended.said
 
 
 def test_an_unknown_configuration_is_refused():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from faults import in_child
 from helpers import PARITY, complaint, program, soflow
 from readers import PUBLISHED as B4
 from soflow_edu import published
@@ -221,6 +222,26 @@ def test_objectives_are_taken_over(given, part, expected):
 
 
 HALF_GUIDED = {"cfg_drop_rate": "absent", "mix_ratio": None}
+NUMBERS = {
+    "1/3200": 1 / 3200,
+    " 4e5 ": 4e5,
+    "1e-" + "9" * 30: 0.0,
+    "1e" + "9" * 30: math.inf,
+    10**400: math.nan,
+    "1/0": math.nan,
+    "1/2/3": math.nan,
+    "a lot": math.nan,
+    True: math.nan,
+}
+
+
+@pytest.mark.parametrize("given", NUMBERS, ids=lambda given: str(given)[:12])
+def test_a_number_is_read_at_once_however_it_is_written(given):
+    ended = in_child(partial(published.as_number, given), seconds=20)
+    assert ended.how == "done", ended.said
+    assert ended.value == pytest.approx(NUMBERS[given], nan_ok=True)
+
+
 REFUSED_SETTINGS = [
     ({"noising_type": "linear"}, "'Linear'"),
     ({"noising_type": "Trigonometric"}, "noising_type"),
