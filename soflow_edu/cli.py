@@ -226,6 +226,69 @@ def study(name: str, about: str) -> Callable[..., None]:
     return bench
 
 
+# %% ../nbs/4_practice/02_command_line.ipynb #12499d9e
+def words_of_trial(row: dict) -> str:
+    "A line for a row of a search."
+    stage = row["study"].removeprefix("search, ")
+    place = f"{row['method']}, {stage}, draw {row['draw']}, seed {row['seed']}"
+    if "failed" in row:
+        return f"{place}: failed. {row['failed']}"
+    return (
+        f"{place}: relative error {row['relative_rmse'][0]:.4f} in one step "
+        f"after {row['steps_done']:,} steps, {row['train_seconds']:.1f} CPU s"
+    )
+
+
+def bench_search(
+    where: str = "plane",
+    methods: tuple[str, ...] = (),
+    folder: str = "runs/search",
+    draws: int | None = None,
+    seconds: float | None = None,
+    longer: float | None = None,
+    steps: int | None = None,
+    best: int | None = None,
+    seeds: int | None = None,
+) -> None:
+    """Compare methods after an equal search: settings drawn at random, the best ones
+    trained longer, the winner trained again with fresh seeds.
+
+    Each method has a file of rows in FOLDER. A search that was stopped is gone on with;
+    several may run at the same time if their methods differ.
+
+    Args:
+        where: The problem: plane, ... (a wrong name lists them all).
+        methods: Methods, if not all (a wrong name lists them all).
+        folder: Folder for the rows.
+        draws: Settings that are drawn for each method, if not as the problem has it.
+        seconds: CPU seconds of each draw, on one thread.
+        longer: CPU seconds of the best ones, and of the winner.
+        steps: Steps of the winner, where methods are compared at equal steps.
+        best: How many of the draws are trained longer.
+        seeds: Seeds of each, and as many fresh ones for the winner.
+    """
+    from soflow_edu.search import METHODS, search_table, searches_of
+
+    searches = searches_of(
+        methods or METHODS,
+        where,
+        folder,
+        draws=draws,
+        seconds=seconds,
+        longer=longer,
+        steps=steps,
+        best=best,
+        seeds=seeds,
+    )
+    rows: dict[str, list[dict]] = {}
+    for search in searches:
+        rows[search.method] = []
+        for row in search.run():
+            rows[search.method].append(row)
+            print(words_of_trial(row), flush=True)
+    print(f"\n{search_table(rows)}\n\nWritten to {folder}/.")
+
+
 # %% ../nbs/4_practice/02_command_line.ipynb #807e96c9
 def bench_step(
     network: str = "UNet",
@@ -702,6 +765,7 @@ BENCH = {
     "objectives": study("objectives", "Compare the methods."),
     "recipe": study("recipe", "Take the configuration plane apart."),
     "questions": study("questions", "Try the choices that the paper leaves open."),
+    "search": bench_search,
     "step": bench_step,
 }
 COURSE = {"build": course_build, "grade": course_grade}

@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/1_plane/13_objectives.ipynb #2c44fc75
 from .comparing import Comparison, precision_recall, properties, wasserstein
-from .config import Config, load_config, replacing
+from .config import Config, alone, load_config, replacing
 from .core import InputError, build, describe, find, names, register, unknown
 from .distributions import Distribution, law_of
 from .flow_matching import (
@@ -944,24 +944,44 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+# %% ../nbs/1_plane/13_objectives.ipynb #2d3572e7
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    "Keeps others from a file. Raises InputError, which says who, if one is there."
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(lock))
+        except InputError as error:
+            message = f"The rows of {path} cannot be written now: {error}"
+            raise InputError(message) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is in nobody's way
+                lock.rmdir()
+
+
 # %% ../nbs/1_plane/13_objectives.ipynb #b51a77b6
 def bench(
     path: Path | str,  # file for the rows
-    todo: Iterable[Any],  # jobs: each has .key and .run()
+    todo: Iterable[Any],  # jobs: each has .key and .run(); asked for one by one
 ) -> Iterator[dict[str, Any]]:
     """The rows of all jobs, each written at once; those in the file are not repeated.
 
-    Raises InputError for a file that holds something else."""
-    rows = {as_key(row): row for row in read_rows(path)}
-    for job in todo:
-        key = as_key(job.key)
-        if key not in rows:
-            with one_thread():
-                rows[key] = job.run()
-            text = json.dumps(list(rows.values()), indent=1)
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        yield rows[key]
+    Raises InputError for a file that holds something else, and for one that another
+    bench is writing."""
+    with sole_writer(Path(path)):
+        rows = {as_key(row): row for row in read_rows(path)}
+        for job in todo:
+            key = as_key(job.key)
+            if key not in rows:
+                with one_thread():
+                    rows[key] = job.run()
+                text = json.dumps(list(rows.values()), indent=1)
+                with replacing(path) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+            yield rows[key]
 
 
 # %% ../nbs/1_plane/13_objectives.ipynb #6fa292da
