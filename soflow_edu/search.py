@@ -8,6 +8,7 @@ __all__ = [
     "PROBLEMS",
     "WEIGHTS",
     "CORNERS",
+    "TO_DATA",
     "COMMON",
     "PAIRED",
     "SHARED",
@@ -17,6 +18,7 @@ __all__ = [
     "FINEST",
     "JUMPS",
     "STEP",
+    "FALL",
     "VELOCITY_WEIGHT",
     "LAM",
     "BY_R",
@@ -212,6 +214,7 @@ PROBLEMS = {"plane": Problem("eight_gaussians")}
 # %% ../nbs/1_plane/20_search.ipynb #f1544444
 WEIGHTS = ((0.0, 0.01), (0.5, 0.1), (0.5, 1.0), (1.0, 1.0))
 CORNERS = ({"name": "corner", "corner": 0.1}, {"name": "corner", "corner": 0.3})
+TO_DATA = {"name": "corner", "corner": 0.1, "t1": 0.0, "s0": 0.7}
 COMMON = (
     Knob("learning_rate", LogUniform(1e-3, 1e-2)),
     Knob("batch", Choice((256, 512, 768))),
@@ -220,7 +223,7 @@ COMMON = (
 )
 PAIRED = (
     Knob("objective.lam", Choice((0.25, 0.33, 0.5, 0.67, 0.8))),
-    Knob("objective.times", Choice(("uniform", *CORNERS))),
+    Knob("objective.times", Choice(("uniform", *CORNERS, TO_DATA))),
 )
 SHARED = COMMON + PAIRED
 
@@ -230,7 +233,11 @@ R_END = Knob("objective.schedule.r_end", LogUniform(0.005, 0.2))
 GRID = Knob("objective.grid", Choice(((4, 32), (8, 64), (8, 128), (16, 256))))
 FINEST = Knob("objective.finest", Choice((16, 32, 64, 128)))
 JUMPS = Knob("objective.jumps", Choice((1, 3)))
-STEP = Knob("objective.step", LogUniform(0.01, 0.2))
+STEP = Knob("objective.step_share", LogUniform(0.02, 0.4))
+FALL = Knob(
+    "objective.schedule.start, objective.schedule.end",
+    Choice(((0.0, 0.5), (0.0, 1.0), (0.2, 0.8), (0.5, 1.0))),
+)
 VELOCITY_WEIGHT = Knob(
     "objective.velocity_weight", Choice(((1.0, 1.0), (0.5, 0.5), (0.5, 0.1)))
 )
@@ -263,7 +270,7 @@ METHODS = {
     "improved_meanflow": Method(
         "improved MeanFlow", named("improved_meanflow"), SHARED
     ),
-    "alpha_flow": Method("alpha-Flow", named("alpha_flow"), (*SHARED, R_END)),
+    "alpha_flow": Method("α-Flow", named("alpha_flow"), (*SHARED, FALL)),
     "easy_consistency": Method(
         "easy consistency", named("easy_consistency"), COMMON, answer="data"
     ),
