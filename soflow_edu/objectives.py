@@ -144,6 +144,9 @@ class ConsistencyTraining(SoFlow):
         doublings = int(progress * (1 + math.log2(fine / coarse)))
         return min(coarse * 2**doublings, fine)
 
+    def least_share(self, progress: float) -> float:
+        return 1 / self.intervals(progress)
+
     def draw(self, batch: Batch, progress: float, generator: torch.Generator) -> Draws:
         "Neighbouring times l < t of the grid, noise and hidden labels of one step."
         B = len(batch.x0)

@@ -7,7 +7,9 @@ two losses of SoFlow in one call of the network."""
 __all__ = ["Rows", "SoFlow", "Semigroup"]
 
 # %% ../nbs/1_plane/09_soflow.ipynb #92166ded
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -306,6 +308,43 @@ def outputs(
     return F_still, F_moving
 
 
+# %% ../nbs/1_plane/09_soflow.ipynb #b9acfbee
+def in_fewer_bits(model: SolutionModel, x: torch.Tensor) -> bool:
+    "Whether the network computes in fewer bits than float32: in autocast."
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return False
+    own = getattr(model, "precision", "float32")
+    return own != "float32" or torch.is_autocast_enabled(kind)
+
+
+# %% ../nbs/1_plane/09_soflow.ipynb #45915ab1
+@contextmanager
+def in_float32(model: SolutionModel, x: torch.Tensor) -> Iterator[SolutionModel]:
+    "The same model for a while, with all digits of float32."
+    exact = copy(model)  # with the same network
+    exact.precision = "float32"
+    cudnn = torch.backends.cudnn
+    products = torch.get_float32_matmul_precision()
+    convolutions = cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        with torch.autocast(x.device.type, enabled=False):
+            yield exact
+    finally:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
+
+
+def with_values(
+    F: torch.Tensor,  # (n, ...) with gradient
+    values: torch.Tensor,  # (n, ...) without
+) -> torch.Tensor:  # (n, ...)
+    "These values, with the gradient of F."
+    return values + (F - F.detach())
+
+
 # %% ../nbs/1_plane/09_soflow.ipynb #8393839e
 @dataclass
 class Choices:
@@ -319,6 +358,7 @@ class Choices:
     target: Any = "conditional"  # velocity of the step, and of the regression
     jumps: int = 1  # in how many jumps the model goes from x_l to s; 1 as published
     stride: str = "share"  # whether r is a share of the jump, or a "length" of time
+    float32_below: float = 0.1  # r under which bfloat16 is too coarse for F_t - F_l
     learns = "map"
 
     def __post_init__(self):
@@ -326,6 +366,12 @@ class Choices:
             raise unknown("stride", self.stride, ("share", "length"))
         if not 0 <= self.lam <= 1:
             message = f"lam is {self.lam}, but a share lies in [0, 1]."
+            raise InputError(message)
+        if not 0 <= self.float32_below <= 1:
+            message = (
+                f"float32_below is {self.float32_below}, but r lies in (0, 1]. "
+                "Choose a number from 0, for never, to 1."
+            )
             raise InputError(message)
         if self.jumps < 1:
             message = (
@@ -349,6 +395,10 @@ class Rules(Choices):
         "The share of the jump at which l lies: a number or (B,)."
         r = self.schedule(progress)
         return r if self.stride == "share" else (r / (t - s)).clamp(max=1)
+
+    def least_share(self, progress: float) -> float:
+        "The least share of a jump at which l lies, which divides the rounding of F."
+        return self.schedule(progress)
 
     def weight(self, gap, b) -> torch.Tensor:  # (B,), (B,) -> (B,)
         "(t - l)² of the error of f over the published (t - l) |b|."
@@ -456,22 +506,41 @@ class SoFlow(Weighing):
         rows = rows_of(model, batch, draws)
         still = rows[: draws.regressed]  # train the velocity
         moving = rows[draws.regressed :]  # train the map
-        v, F_ahead = self.look_ahead(model, moving)  # before the call that keeps memory
-        F_still, F_moving = outputs(model, rows, draws.regressed)
+        coarse = self.is_coarse(model, moving, progress)
+        v, F_ahead = self.look_ahead(model, moving, coarse)
+        values = self.values(model, moving) if coarse else None
+        F_still, F_moving = outputs(model, rows, draws.regressed)  # this keeps memory
+        if values is not None:
+            F_moving = with_values(F_moving, values)
         velocity = self.velocity_loss(model, still, F_still)
         solution = self.solution_loss(model, moving, F_moving, v, F_ahead)
         return total(self.shares(progress), velocity, solution)
 
+    def is_coarse(self, model: SolutionModel, rows: Rows, progress: float) -> bool:
+        "Whether the difference of two outputs would be lost in their rounding."
+        close = self.least_share(progress) < self.float32_below
+        return close and len(rows.t) > 0 and in_fewer_bits(model, rows.xt)
+
     @torch.no_grad()
     def look_ahead(
-        self, model: SolutionModel, rows: Rows
+        self,
+        model: SolutionModel,
+        rows: Rows,
+        coarse: bool = False,  # whether F needs to be asked for in float32
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, ...) each
         "The velocity of the step, and the network's output F(x_l, l, s) after it."
         if not len(rows.t):
             return rows.v_cond, rows.v_cond
         v = self.step(model, rows)
-        with same_masks(rows.xt):
-            return v, output_ahead(model, rows, v, self.jumps, self.reach(rows))
+        digits = in_float32(model, rows.xt) if coarse else nullcontext(model)
+        with same_masks(rows.xt), digits as asked:
+            return v, output_ahead(asked, rows, v, self.jumps, self.reach(rows))
+
+    @torch.no_grad()
+    def values(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
+        "F(x_t, t, s) in float32, with the masks of the calls before and after."
+        with same_masks(rows.xt), in_float32(model, rows.xt) as exact:
+            return exact.F(rows.xt, rows.t, rows.s, rows.y, **rows.extras)
 
     def reach(self, rows: Rows) -> torch.Tensor | None:
         "The longest velocity that a jump of the target may have, if there is a limit."
@@ -519,6 +588,9 @@ class Semigroup(SoFlow):
     def fraction(self, t, s, progress: float, generator) -> Any:
         share = torch.rand(t.shape, generator=generator, device=t.device)
         return share / self.jumps
+
+    def least_share(self, progress: float) -> float:
+        return 1.0  # whatever l: the error is that of F, divided by nothing
 
     def weight(self, gap, b) -> torch.Tensor:
         return (gap / b) ** 2  # eq. 1.9.7
