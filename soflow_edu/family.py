@@ -15,7 +15,7 @@ __all__ = [
     "Midway",
 ]
 
-# %% ../nbs/1_plane/19_family.ipynb #2e535240
+# %% ../nbs/1_plane/19_family.ipynb #6434024c
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# %% ../nbs/1_plane/19_family.ipynb #bc95da12
+# %% ../nbs/1_plane/19_family.ipynb #58ed99f4
 from .consistency import Schedule, towards
 from .core import InputError, register
 from .flow_matching import (
@@ -41,6 +41,7 @@ from .soflow import (
     Rows,
     Semigroup,
     SoFlow,
+    first_rows,
     hidden,
     outputs,
     rows_of,
@@ -49,7 +50,7 @@ from .soflow import (
 from .solution import SolutionModel
 
 
-# %% ../nbs/1_plane/19_family.ipynb #b8ee91a2
+# %% ../nbs/1_plane/19_family.ipynb #9a86d032
 def derivative_at_end(
     model: SolutionModel,
     rows: Rows,  # n of them
@@ -65,7 +66,7 @@ def derivative_at_end(
     return passed
 
 
-# %% ../nbs/1_plane/19_family.ipynb #d1df604d
+# %% ../nbs/1_plane/19_family.ipynb #a17fbeb6
 def velocity_of_end(
     model: SolutionModel,
     x: torch.Tensor,  # (n, ...) points at the time s
@@ -83,7 +84,7 @@ def weighed(objective, error: torch.Tensor) -> RowLoss:
     return RowLoss(adaptive * error, error)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #3f664c1d
+# %% ../nbs/1_plane/19_family.ipynb #1de56a4c
 @register("objective", "lagrangian")
 @dataclass
 class Lagrangian(SoFlow):
@@ -112,7 +113,7 @@ class Lagrangian(SoFlow):
         return weighed(self, mse(slope, v))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #22aa2fcf
+# %% ../nbs/1_plane/19_family.ipynb #65668a3c
 def in_float32(model: SolutionModel) -> SolutionModel:
     "The same network and weights, asked in float32."
     if model.precision == "float32":
@@ -121,7 +122,7 @@ def in_float32(model: SolutionModel) -> SolutionModel:
     return plain.train(model.training)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #48ecb57a
+# %% ../nbs/1_plane/19_family.ipynb #02eaeed2
 LEAST_STEP = 0.01  # of time; a shorter one would lose the digits of float32
 
 
@@ -135,7 +136,21 @@ def second_end(
     return torch.minimum(s + step, t)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #88134459
+# %% ../nbs/1_plane/19_family.ipynb #a9c75c07
+def chord_of(
+    model: SolutionModel,
+    rows: Rows,  # n of them, with the second end in l
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, ...) each
+    "The slope between the ends at s and at l, and the point between them."
+    ends = []
+    for s in (rows.s, rows.l):
+        F = model.F(rows.xt, rows.t, s, rows.y, **rows.extras)
+        ends.append(model.solution_from(F, rows.xt, rows.t, s))
+    chord = (ends[0] - ends[1]) / expand(rows.s - rows.l, rows.xt)
+    return chord, (ends[0] + ends[1]) / 2
+
+
+# %% ../nbs/1_plane/19_family.ipynb #4ee46180
 @register("objective", "lagrangian_steps")
 @dataclass
 class LagrangianSteps(Lagrangian):
@@ -166,17 +181,12 @@ class LagrangianSteps(Lagrangian):
         if not len(rows.t):
             return RowLoss(rows.t, rows.t)
         model = in_float32(model)
-        ends = []
-        for s in (rows.s, rows.l):
-            F = model.F(rows.xt, rows.t, s, rows.y, **rows.extras)
-            ends.append(model.solution_from(F, rows.xt, rows.t, s))
-        chord = (ends[0] - ends[1]) / expand(rows.s - rows.l, rows.xt)
-        middle = (ends[0] + ends[1]) / 2
+        chord, middle = chord_of(model, rows)
         v = velocity_of_end(model, middle, (rows.s + rows.l) / 2, rows)
         return weighed(self, mse(chord, v))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #1f28c73d
+# %% ../nbs/1_plane/19_family.ipynb #0b27b4b6
 @register("objective", "improved_meanflow")
 @dataclass
 class ImprovedMeanFlow(MeanFlow):
@@ -196,7 +206,7 @@ class ImprovedMeanFlow(MeanFlow):
         return weighed(self, mse(F, (F + residual).detach()))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #63cf21c0
+# %% ../nbs/1_plane/19_family.ipynb #67c5fb81
 @register("schedule", "logistic")
 @dataclass
 class Logistic(Schedule):
@@ -221,7 +231,7 @@ class Logistic(Schedule):
         return 1 / (1 + math.exp(self.steepness * z))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #e541e0ce
+# %% ../nbs/1_plane/19_family.ipynb #bce8a9ae
 @register("objective", "alpha_flow")
 @dataclass
 class AlphaFlow(MeanFlow):
@@ -242,9 +252,9 @@ class AlphaFlow(MeanFlow):
         return super().loss(model, batch, draws, progress)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #856642bf
+# %% ../nbs/1_plane/19_family.ipynb #0498ffd1
 def to_data(objective, batch: Batch, t, l, generator) -> Draws:  # t, l (B,)
-    "Draws in which all rows train the map to s = 0."
+    "Draws in which all samples of a mini-batch train the map to s = 0."
     return Draws(
         noise_like(batch.x0, generator),
         t=t,
@@ -255,12 +265,12 @@ def to_data(objective, batch: Batch, t, l, generator) -> Draws:  # t, l (B,)
     )
 
 
-# %% ../nbs/1_plane/19_family.ipynb #c6a2b1b2
+# %% ../nbs/1_plane/19_family.ipynb #5c873824
 @register("objective", "easy_consistency")
 @dataclass
 class EasyConsistency(SoFlow):
-    """Consistency training in stages that begin with a denoiser (ECT, Geng et al., arXiv
-    2406.14548): f(x_t, t, 0) only, and no velocity.
+    """Consistency training in stages that begin with a denoiser (ECT, Geng et al.,
+    arXiv 2406.14548): f(x_t, t, 0) only, and no velocity.
 
     Raises InputError for fewer than one stage or a base of one or less."""
 
@@ -287,6 +297,7 @@ class EasyConsistency(SoFlow):
 
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         "Times l < t, noise and hidden labels of one step."
+        batch = first_rows(batch, self.trained)
         t = self.times.sample(len(batch.x0), generator)[0]
         return to_data(self, batch, t, self.before(t, progress), generator)
 
@@ -294,7 +305,7 @@ class EasyConsistency(SoFlow):
         return gap  # the square error of f over t - l
 
 
-# %% ../nbs/1_plane/19_family.ipynb #efef004d
+# %% ../nbs/1_plane/19_family.ipynb #01fab9da
 def with_network_still(
     model: SolutionModel,
     rows: Rows,
@@ -312,12 +323,12 @@ def with_network_still(
     return passed[1]
 
 
-# %% ../nbs/1_plane/19_family.ipynb #22134c1c
+# %% ../nbs/1_plane/19_family.ipynb #8a1746be
 @register("objective", "continuous_consistency")
 @dataclass
 class ContinuousConsistency(MeanFlow):
     """Consistency training in continuous time (after sCM, Lu and Song, arXiv
-    2410.11081): f(x_t, t, 0) only, the derivative faded in and divided by its length."""
+    2410.11081): f(x_t, t, 0), the derivative faded in and divided by its length."""
 
     lam: float = 0.0
     warm: float = 0.2  # share of the run in which the derivative is faded in
@@ -325,6 +336,7 @@ class ContinuousConsistency(MeanFlow):
 
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         "Times, noise and hidden labels of one step."
+        batch = first_rows(batch, self.trained)
         t = self.times.sample(len(batch.x0), generator)[0]
         return to_data(self, batch, t, t, generator)
 
@@ -343,7 +355,7 @@ class ContinuousConsistency(MeanFlow):
         return total((0.0, 1.0), RowLoss(rows.t[:0], rows.t[:0]), weighed(self, error))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #19ccd475
+# %% ../nbs/1_plane/19_family.ipynb #8aaf368f
 @register("objective", "midway")
 @dataclass
 class Midway(Semigroup):

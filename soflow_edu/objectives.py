@@ -53,6 +53,7 @@ from .soflow import (
     Rows,
     Semigroup,
     SoFlow,
+    first_rows,
     hidden,
     outputs,
     rows_of,
@@ -149,6 +150,7 @@ class ConsistencyTraining(SoFlow):
 
     def draw(self, batch: Batch, progress: float, generator: torch.Generator) -> Draws:
         "Neighbouring times l < t of the grid, noise and hidden labels of one step."
+        batch = first_rows(batch, self.trained)
         B = len(batch.x0)
         N = self.intervals(progress)
         device = generator.device
@@ -192,6 +194,7 @@ class Shortcut(Semigroup):
 
     def draw(self, batch: Batch, progress: float, generator: torch.Generator) -> Draws:
         "Times, noise and hidden labels of one step."
+        batch = first_rows(batch, self.trained)
         B = len(batch.x0)
         n = int(self.lam * B)
         t, s = self.dyadic(B - n, generator)

@@ -130,16 +130,23 @@ class Knob:
 
 
 # %% ../nbs/1_plane/20_search.ipynb #600ed045
-def turned(description: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """A description in which the value at a path is another.
+def turned(
+    description: Any,  # in which options may be left out
+    whole: Any,  # the same with all options
+    path: list[str],
+    value: Any,
+) -> dict[str, Any]:
+    """A description in which the value at a path is another; what was left out and is
+    not on the path stays out.
 
     Raises InputError if there is no such place."""
     options = options_of(description)
+    known = options_of(whole)
     first, *rest = path
-    if first not in options:
-        raise unknown("knob", first, options)
+    if first not in known:
+        raise unknown("knob", first, known)
     if rest:
-        value = turned(options[first], rest, value)
+        value = turned(options.get(first, known[first]), known[first], rest, value)
     return options | {first: value}
 
 
@@ -163,13 +170,14 @@ class Method:
 
         Raises InputError for a knob that is not there, or a value it does not take."""
         before = vars(load_config(base))
-        after = before | dict(self.changes)
-        after["objective"] = describe(build("objective", self.objective))
+        after = before | dict(self.changes) | {"objective": self.objective}
+        all_options = describe(build("objective", self.objective))
+        whole = after | {"objective": all_options}
         for name, value in knobs.items():
             places = name.split(", ")
             values = value if len(places) > 1 else [value]
             for place, own in zip(places, values, strict=True):
-                after = turned(after, place.split("."), own)
+                after = turned(after, whole, place.split("."), own)
         build("objective", after["objective"])
         Config(**after)
         changes = {name: own for name, own in after.items() if own != before[name]}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .consistency import towards
-from .core import InputError, build, register, unknown
+from .core import InputError, build, check_least, register, unknown
 from .distributions import of_class
 from .flow_matching import (
     Batch,
@@ -58,10 +58,20 @@ class Rows:
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #3d09177d
+def first_rows(batch: Batch, n: int) -> Batch:
+    "The first n samples of a mini-batch; all of them for n = 0."
+    if not 0 < n < len(batch.x0):
+        return batch
+    y = None if batch.y is None else batch.y[:n]
+    extras = {name: value[:n] for name, value in batch.extras.items()}
+    return Batch(batch.x0[:n], y, extras)
+
+
 def rows_of(model: SolutionModel, batch: Batch, draws: Draws) -> Rows:
-    "The mini-batch at the times that were drawn."
-    xt, v_cond = model.path.interpolate(batch.x0, draws.x1, draws.t)
-    y = batch.y
+    "As many samples of the mini-batch as times were drawn, at these times."
+    own = first_rows(batch, len(draws.t))
+    xt, v_cond = model.path.interpolate(own.x0, draws.x1, draws.t)
+    y = own.y
     if y is not None and draws.dropped is not None:
         null: Any = model.net.classes
         y = y.masked_fill(draws.dropped, null)
@@ -73,7 +83,7 @@ def rows_of(model: SolutionModel, batch: Batch, draws: Draws) -> Rows:
         draws.l,
         y=y,
         dropped=draws.dropped,
-        extras=batch.extras,
+        extras=own.extras,
         batch=batch,
     )
 
@@ -358,6 +368,7 @@ class Choices:
     target: Any = "conditional"  # velocity of the step, and of the regression
     jumps: int = 1  # in how many jumps the model goes from x_l to s; 1 as published
     stride: str = "share"  # whether r is a share of the jump, or a "length" of time
+    trained: int = 0  # rows that are trained on; 0 for all of the mini-batch
     float32_below: float = 0.1  # r under which bfloat16 is too coarse for F_t - F_l
     learns = "map"
 
@@ -373,6 +384,7 @@ class Choices:
                 "Choose a number from 0, for never, to 1."
             )
             raise InputError(message)
+        check_least("SoFlow", {"trained": (self.trained, 0)})
         if self.jumps < 1:
             message = (
                 f"jumps is {self.jumps}, but the model needs at least one to reach s."
@@ -423,6 +435,7 @@ class Drawing(Rules):
 
     def draw(self, batch: Batch, progress: float, generator) -> Draws:
         "Times, noise and hidden labels of one step."
+        batch = first_rows(batch, self.trained)
         B = len(batch.x0)
         n = int(self.lam * B)
         t_still = self.times.sample_t(n, generator)
