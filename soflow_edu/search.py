@@ -12,6 +12,8 @@ __all__ = [
     "COMMON",
     "PAIRED",
     "SHARED",
+    "CANDIDATES",
+    "MANY",
     "R_INIT",
     "R_END",
     "GRID",
@@ -234,6 +236,10 @@ PAIRED = (
     Knob("objective.times", Choice(("uniform", *CORNERS, TO_DATA))),
 )
 SHARED = COMMON + PAIRED
+CANDIDATES = Knob(  # samples of a mini-batch, and how many of them are trained on
+    "batch, objective.trained", Choice(((256, 0), (512, 0), (768, 0), (2048, 256)))
+)
+MANY = (CANDIDATES, *[knob for knob in SHARED if knob.name != "batch"])
 
 # %% ../nbs/1_plane/20_search.ipynb #2da235f7
 R_INIT = Knob("objective.schedule.r_init", LogUniform(0.1, 1.0))
@@ -279,22 +285,28 @@ METHODS = {
         "improved MeanFlow", named("improved_meanflow"), SHARED
     ),
     "alpha_flow": Method("α-Flow", named("alpha_flow"), (*SHARED, FALL)),
+    "continuous_consistency": Method(
+        "consistency in continuous time",
+        named("continuous_consistency"),
+        COMMON,
+        answer="data",
+    ),
     "easy_consistency": Method(
         "easy consistency", named("easy_consistency"), COMMON, answer="data"
     ),
 }
 MINI_BATCH = {
-    "soflow_batch": Method(
-        "SoFlow, mini-batch", BY_R | BATCH, (*SHARED, R_INIT, R_END)
-    ),
-    "meanflow_batch": Method("MeanFlow, mini-batch", named("meanflow") | BATCH, SHARED),
+    "soflow_batch": Method("SoFlow, mini-batch", BY_R | BATCH, (*MANY, R_INIT, R_END)),
+    "meanflow_batch": Method("MeanFlow, mini-batch", named("meanflow") | BATCH, MANY),
     "progressive_batch": Method(
-        "progressive, mini-batch", named("semigroup") | BATCH, PROGRESSIVE
+        "progressive, mini-batch",
+        named("semigroup") | BATCH,
+        (*MANY, JUMPS, VELOCITY_WEIGHT),
     ),
     "lagrangian_steps_batch": Method(
         "Lagrangian, by differences, mini-batch",
         named("lagrangian_steps") | BATCH,
-        (*SHARED, STEP),
+        (*MANY, STEP),
     ),
 }
 METHODS |= MINI_BATCH
