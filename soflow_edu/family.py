@@ -15,7 +15,7 @@ __all__ = [
     "Midway",
 ]
 
-# %% ../nbs/1_plane/19_family.ipynb #6434024c
+# %% ../nbs/1_plane/19_family.ipynb #a30e714d
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# %% ../nbs/1_plane/19_family.ipynb #58ed99f4
+# %% ../nbs/1_plane/19_family.ipynb #4b578135
 from .consistency import Schedule, towards
 from .core import InputError, register
 from .flow_matching import (
@@ -50,7 +50,7 @@ from .soflow import (
 from .solution import SolutionModel
 
 
-# %% ../nbs/1_plane/19_family.ipynb #9a86d032
+# %% ../nbs/1_plane/19_family.ipynb #84e1957d
 def derivative_at_end(
     model: SolutionModel,
     rows: Rows,  # n of them
@@ -66,7 +66,7 @@ def derivative_at_end(
     return passed
 
 
-# %% ../nbs/1_plane/19_family.ipynb #a17fbeb6
+# %% ../nbs/1_plane/19_family.ipynb #a96c23e3
 def velocity_of_end(
     model: SolutionModel,
     x: torch.Tensor,  # (n, ...) points at the time s
@@ -84,7 +84,7 @@ def weighed(objective, error: torch.Tensor) -> RowLoss:
     return RowLoss(adaptive * error, error)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #1de56a4c
+# %% ../nbs/1_plane/19_family.ipynb #4f300f15
 @register("objective", "lagrangian")
 @dataclass
 class Lagrangian(SoFlow):
@@ -113,7 +113,7 @@ class Lagrangian(SoFlow):
         return weighed(self, mse(slope, v))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #65668a3c
+# %% ../nbs/1_plane/19_family.ipynb #6688d2f1
 def in_float32(model: SolutionModel) -> SolutionModel:
     "The same network and weights, asked in float32."
     if model.precision == "float32":
@@ -122,7 +122,7 @@ def in_float32(model: SolutionModel) -> SolutionModel:
     return plain.train(model.training)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #02eaeed2
+# %% ../nbs/1_plane/19_family.ipynb #faea8fc4
 LEAST_STEP = 0.01  # of time; a shorter one would lose the digits of float32
 
 
@@ -136,7 +136,7 @@ def second_end(
     return torch.minimum(s + step, t)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #a9c75c07
+# %% ../nbs/1_plane/19_family.ipynb #e8db18d4
 def chord_of(
     model: SolutionModel,
     rows: Rows,  # n of them, with the second end in l
@@ -150,7 +150,7 @@ def chord_of(
     return chord, (ends[0] + ends[1]) / 2
 
 
-# %% ../nbs/1_plane/19_family.ipynb #4ee46180
+# %% ../nbs/1_plane/19_family.ipynb #e4085291
 @register("objective", "lagrangian_steps")
 @dataclass
 class LagrangianSteps(Lagrangian):
@@ -186,7 +186,7 @@ class LagrangianSteps(Lagrangian):
         return weighed(self, mse(chord, v))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #0b27b4b6
+# %% ../nbs/1_plane/19_family.ipynb #d36e9e03
 @register("objective", "improved_meanflow")
 @dataclass
 class ImprovedMeanFlow(MeanFlow):
@@ -206,7 +206,7 @@ class ImprovedMeanFlow(MeanFlow):
         return weighed(self, mse(F, (F + residual).detach()))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #67c5fb81
+# %% ../nbs/1_plane/19_family.ipynb #755a84e4
 @register("schedule", "logistic")
 @dataclass
 class Logistic(Schedule):
@@ -231,7 +231,7 @@ class Logistic(Schedule):
         return 1 / (1 + math.exp(self.steepness * z))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #bce8a9ae
+# %% ../nbs/1_plane/19_family.ipynb #b343065d
 @register("objective", "alpha_flow")
 @dataclass
 class AlphaFlow(MeanFlow):
@@ -252,7 +252,7 @@ class AlphaFlow(MeanFlow):
         return super().loss(model, batch, draws, progress)
 
 
-# %% ../nbs/1_plane/19_family.ipynb #0498ffd1
+# %% ../nbs/1_plane/19_family.ipynb #77a1e3f7
 def to_data(objective, batch: Batch, t, l, generator) -> Draws:  # t, l (B,)
     "Draws in which all samples of a mini-batch train the map to s = 0."
     return Draws(
@@ -265,7 +265,7 @@ def to_data(objective, batch: Batch, t, l, generator) -> Draws:  # t, l (B,)
     )
 
 
-# %% ../nbs/1_plane/19_family.ipynb #5c873824
+# %% ../nbs/1_plane/19_family.ipynb #11dcc1ff
 @register("objective", "easy_consistency")
 @dataclass
 class EasyConsistency(SoFlow):
@@ -305,7 +305,7 @@ class EasyConsistency(SoFlow):
         return gap  # the square error of f over t - l
 
 
-# %% ../nbs/1_plane/19_family.ipynb #01fab9da
+# %% ../nbs/1_plane/19_family.ipynb #37e78ba6
 def with_network_still(
     model: SolutionModel,
     rows: Rows,
@@ -323,7 +323,7 @@ def with_network_still(
     return passed[1]
 
 
-# %% ../nbs/1_plane/19_family.ipynb #8a1746be
+# %% ../nbs/1_plane/19_family.ipynb #116d36dc
 @register("objective", "continuous_consistency")
 @dataclass
 class ContinuousConsistency(MeanFlow):
@@ -355,7 +355,7 @@ class ContinuousConsistency(MeanFlow):
         return total((0.0, 1.0), RowLoss(rows.t[:0], rows.t[:0]), weighed(self, error))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #8aaf368f
+# %% ../nbs/1_plane/19_family.ipynb #8deca460
 @register("objective", "midway")
 @dataclass
 class Midway(Semigroup):
