@@ -1,5 +1,5 @@
 """Writes what Sphinx reads: the chapters as executed, the reference of the package,
-equations, configurations, gallery.
+equations, configurations, gallery, related work.
 
 python docs/pages.py FOLDER
 """
@@ -132,6 +132,15 @@ def linked(text: str, places: dict[str, str]) -> str:
 
     text = NAMES_OF_CHAPTERS.sub(links, text)
     return PATH_OF_NOTEBOOK.sub(r"](/\1", text)
+
+
+def places_by_name() -> dict[str, str]:
+    "The page of each chapter, by its name in prose."
+    found = {}
+    for path in chapters():
+        name = path.stem[3:].replace("_", " ")
+        found[name] = f"{place(path)}.ipynb"
+    return found
 
 
 def with_tags(text: str) -> str:
@@ -458,6 +467,27 @@ def equation_page() -> str:
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------- related work
+def with_classes(text: str, known: Places) -> str:
+    "Prose in which exported classes, as in `MeanFlow`, are links to their cells."
+    cells = {}
+    for name, (_, cell) in known.items():
+        cells[name.partition(".")[2]] = cell
+
+    def link(words: re.Match) -> str:
+        cell = cells.get(words[1])
+        return f"[`{words[1]}`](#cell-{cell})" if cell else words[0]
+
+    return re.sub(r"`([A-Z]\w+)`", link, text)
+
+
+def related() -> str:
+    "docs/related.md, in which the names of chapters and classes are links."
+    text = (DOCS / "related.md").read_text(encoding="utf-8")
+    text = re.sub(r"\[([^\]]*)\]\(\.\./[A-Z]+\.md\)", r"\1", text)
+    return with_classes(linked(text, places_by_name()), symbols())
+
+
 # --------------------------------------------------------------------- other pages
 def first_picture(path: Path) -> Notebook | None:
     "The data of the first figure of a chapter."
@@ -501,12 +531,12 @@ def front() -> str:
     text = book.readme().partition("-->")[2]
     text = re.sub(r"\]\(nbs/(pictures/)", r"](/\1", text)
     text = re.sub(r"\[([^\]]*)\]\((?:nbs/assignments/|[A-Z]+\.md)[^)]*\)", r"\1", text)
-    text = re.sub(r"\]\(nbs/", "](/", text)
+    text = re.sub(r"\]\((?:nbs|docs)/", "](/", text)
     lines = [text, "", PLAY, "", ""]
     for part, caption in PARTS.items():
         entries = [place(path) for path in chapters() if path.parent.name == part]
         lines += contents(caption, entries)
-    others = ["configurations", "equations", "gallery", "reference"]
+    others = ["related", "configurations", "equations", "gallery", "reference"]
     lines += contents("To look things up", others)
     return "\n".join(lines)
 
@@ -524,10 +554,7 @@ def write_play(folder: Path):
 
 
 def write_chapters(folder: Path):
-    places = {}
-    for path in chapters():
-        name = path.stem[3:].replace("_", " ")
-        places[name] = f"{place(path)}.ipynb"
+    places = places_by_name()
     for path in chapters():
         target = folder / f"{place(path)}.ipynb"
         target.parent.mkdir(exist_ok=True)
@@ -554,6 +581,7 @@ def write(folder: Path):
     write_reference(folder)
     pages = {
         "index": front(),
+        "related": related(),
         "configurations": configurations(),
         "equations": equation_page(),
         "gallery": gallery(folder),

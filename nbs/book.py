@@ -297,7 +297,8 @@ def set_links(path: Path, url: str):
 # ------------------------------------------------------------------------- readme
 def from_root(text: str) -> str:
     "Links of the index as they read from the root of the repository."
-    return re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", text)
+    text = re.sub(r"\]\(((?:\d_\w+|assignments)/)", r"](nbs/\1", text)
+    return text.replace("](../", "](")
 
 
 def as_markdown(output, name: str) -> str:

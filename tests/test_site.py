@@ -84,6 +84,81 @@ def test_an_equation_without_a_row_stops_the_site(monkeypatch):
         pages.equation_page()
 
 
+# ---------------------------------------------------------------- related work
+RELATED = (ROOT / "docs/related.md").read_text(encoding="utf-8")
+
+
+OF_FAMILY = {  # classes that chapter family exports
+    "AlphaFlow",
+    "EasyConsistency",
+    "ImprovedMeanFlow",
+    "Lagrangian",
+    "LagrangianSteps",
+    "Midway",
+}
+
+
+def table_below(heading: str) -> list[list[str]]:
+    "The cells of the first table below a heading, without its head."
+    part = RELATED.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [re.split(r" +\| +", line.strip("| ")) for line in lines[2:]]
+
+
+def test_every_method_of_the_table_has_its_paragraph():
+    rows = table_below("The methods in a table")
+    assert len(rows) == 25 and {len(row) for row in rows} == {9}
+    leads = re.findall(r"^\| \[.+?\]\(#([\w-]+)\)", RELATED, flags=re.M)
+    headings = re.findall(r"^### (.+)$", RELATED, flags=re.M)
+    slugs = [heading.lower().replace(" ", "-") for heading in headings]
+    assert len(leads) == len(rows) and set(leads) == set(slugs)
+
+
+def test_every_paper_is_in_the_list_of_references():
+    text, _, listed = RELATED.partition("## References")
+    number = r"\b\d{4}\.\d{5}\b"
+    named = set(re.findall(number, text))
+    referred = re.findall(r"arXiv:(\d{4}\.\d{5})", listed)
+    assert len(referred) == len(set(referred)) and len(referred) > 20
+    assert named <= set(referred)
+    for shown, led_to in re.findall(
+        r"\[([\d.]+)\]\(https://arxiv.org/abs/(.+?)\)", text
+    ):
+        assert shown == led_to
+    for row in table_below("The methods in a table"):
+        year = re.search(r"\[(\d\d)\d\d\.", row[2])
+        assert not year or row[1] == f"20{year[1]}", row[0]
+
+
+def test_every_class_of_the_table_is_in_the_library(known):
+    rows = table_below("The methods in a table")
+    named = set(re.findall(r"`([A-Z]\w+)`", " ".join(row[-1] for row in rows)))
+    exported = {name.partition(".")[2] for name in known}
+    without = set() if "family" in MODULES else OF_FAMILY
+    assert named - exported == without
+    text = pages.related()
+    assert len(re.findall(r"\[`\w+`\]\(#cell-\w+\)", text)) >= len(named)
+    assert "(/1_plane/13_objectives.ipynb)" in text and "../" not in text
+
+
+def expected_of(name: str) -> dict[int, dict]:
+    "The published bands of a configuration, by the number of steps."
+    path = ROOT / f"soflow_edu/configs/{name}.yaml"
+    about = yaml.safe_load(path.read_text(encoding="utf-8"))["about"]
+    return {band["options"]["steps"]: band for band in about["expected"]}
+
+
+@pytest.mark.parametrize(
+    "name, column", [("cifar10-published", 1), ("imagenet-xl2", 3)]
+)
+def test_published_numbers_lie_in_the_bands_of_the_configurations(name, column):
+    rows = {row[0]: row for row in table_below("Published numbers")}
+    bands = expected_of(name)
+    for steps in (1, 2):
+        number = float(rows["SoFlow, XL/2"][column + steps - 1])
+        assert bands[steps]["low"] < number < bands[steps]["high"]
+
+
 # ------------------------------------------------------------------- the reference
 @contextmanager
 def decorated(
@@ -255,7 +330,7 @@ def built() -> dict[str, Page]:
 
 @needs_site
 def test_all_pages_are_there(built):
-    names = ["index", "equations", "configurations", "gallery", "search"]
+    names = ["index", "related", "equations", "configurations", "gallery", "search"]
     names += CHAPTERS
     names += [f"reference/{module}" for module in MODULES]
     assert {f"{name}.html" for name in names} <= built.keys()
@@ -301,6 +376,7 @@ LOOKED_AT = [
     "2_images/04_cifar10.html",
     "4_practice/03_play.html",
     "reference/consistency.html",
+    "related.html",
     "equations.html",
     "configurations.html",
     "gallery.html",
