@@ -15,7 +15,7 @@ __all__ = [
     "EDMCoefficients",
 ]
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #0e6b9b92
+# %% ../nbs/1_plane/21_diffusion.ipynb #ac7994ab
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from .paths import Interpolant, expand
 from .protocols import Path
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #a38df0ce
+# %% ../nbs/1_plane/21_diffusion.ipynb #d7fda154
 class Weights(NamedTuple):
     "alpha and beta with their derivatives, shaped so that they multiply points."
 
@@ -44,6 +44,7 @@ class Weights(NamedTuple):
         return self.alpha * self.dbeta - self.dalpha * self.beta
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #6ccba408
 def weights_of(
     path: Path,
     t: torch.Tensor,  # (B,) or a scalar
@@ -54,7 +55,7 @@ def weights_of(
     return Weights(path.alpha(t), path.beta(t), path.dalpha(t), path.dbeta(t))
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #f164e4a7
+# %% ../nbs/1_plane/21_diffusion.ipynb #08f685eb
 Means = tuple[torch.Tensor, torch.Tensor]  # m0 (B, ...) and m1 (B, ...)
 
 
@@ -70,13 +71,14 @@ def from_score(score: torch.Tensor, x: torch.Tensor, at: Weights) -> Means:
     return from_noise(-at.beta * score, x, at)  # eq. 1.21.1
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #61f10158
 def from_velocity(v: torch.Tensor, x: torch.Tensor, at: Weights) -> Means:
     m0 = at.dbeta * x - at.beta * v  # eq. 1.21.2
     m1 = at.alpha * v - at.dalpha * x
     return m0 / at.turning, m1 / at.turning
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #63cb90de
+# %% ../nbs/1_plane/21_diffusion.ipynb #dc5ef0ef
 READERS = {
     "data": from_data,
     "noise": from_noise,
@@ -97,6 +99,7 @@ def divisors(given: str, wanted: str) -> list[str]:
     return found
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #e1653d65
 def check_speaks(given: str, wanted: str, t: torch.Tensor, at: Weights) -> None:
     "Raises InputError for times at which a face does not determine another."
     for name in divisors(given, wanted):
@@ -111,7 +114,7 @@ def check_speaks(given: str, wanted: str, t: torch.Tensor, at: Weights) -> None:
             raise InputError(message)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #b54f9e41
+# %% ../nbs/1_plane/21_diffusion.ipynb #4c83ba77
 def check_face(name: str) -> None:
     "Raises InputError for a face that does not exist."
     if name not in READERS:
@@ -128,6 +131,7 @@ def check_prediction(value: torch.Tensor, x: torch.Tensor) -> None:
         raise InputError(message)
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #81db1367
 def face_of(name: str, m0: torch.Tensor, m1: torch.Tensor, at: Weights) -> torch.Tensor:
     "A face of a pair of means (eq. 1.21.1)."
     if name == "data":
@@ -137,7 +141,7 @@ def face_of(name: str, m0: torch.Tensor, m1: torch.Tensor, at: Weights) -> torch
     return m1 if name == "noise" else -m1 / at.beta
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #2eb92d11
+# %% ../nbs/1_plane/21_diffusion.ipynb #a7b500e1
 def convert(
     value: torch.Tensor,  # (B, ...) the face that is given
     x: torch.Tensor,  # (B, ...) where
@@ -163,7 +167,7 @@ def convert(
     return face_of(wanted, m0, m1, at)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #f5348e93
+# %% ../nbs/1_plane/21_diffusion.ipynb #5fcad418
 def plain_strength(
     path: Path,
 ) -> Callable[[torch.Tensor], torch.Tensor]:  # a function of times
@@ -177,7 +181,7 @@ def plain_strength(
     return rate
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #3a5f35fd
+# %% ../nbs/1_plane/21_diffusion.ipynb #9f01776a
 def strength_at(
     strength: float | Callable,  # a number, or a function of times (B,)
     t: torch.Tensor,  # (B,)
@@ -195,6 +199,7 @@ def strength_at(
     return value
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #2a3930eb
 def kicked(
     field: Any,  # a velocity field with a path
     x: torch.Tensor,  # (B, ...)
@@ -214,7 +219,7 @@ def kicked(
     return x + h * drift + (2 * rate * at.beta * h.abs()).sqrt() * kick
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #478f1c45
+# %% ../nbs/1_plane/21_diffusion.ipynb #0da46442
 def check_steps(steps: int, field: Any) -> None:
     "Raises InputError for no steps, or a field without a path."
     if steps < 1:
@@ -228,7 +233,7 @@ def check_steps(steps: int, field: Any) -> None:
         raise InputError(message)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #a83663f6
+# %% ../nbs/1_plane/21_diffusion.ipynb #6609efae
 @torch.no_grad()
 def diffuse(
     field: Any,  # a velocity field with a path, such as ExactFlow or Predictor
@@ -259,7 +264,7 @@ def diffuse(
     return Integral(x, torch.stack(states), torch.stack(times), steps)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #5a3f2f50
+# %% ../nbs/1_plane/21_diffusion.ipynb #f47dd204
 @dataclass(frozen=True)
 class VariancePreserving(Interpolant):
     """alpha = exp(-(low t / 2 + (high - low) t² / 4)), beta = sqrt(1 - alpha²).
@@ -286,6 +291,7 @@ class VariancePreserving(Interpolant):
         return -self.alpha(t) * self.dalpha(t) / self.beta(t)
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #c65ccb04
 @dataclass(frozen=True)
 class VarianceExploding(Interpolant):
     """alpha = 1, beta = largest t: noise is added to the data as they are.
@@ -307,12 +313,13 @@ class VarianceExploding(Interpolant):
         return torch.full_like(t, self.largest)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #97034ab6
+# %% ../nbs/1_plane/21_diffusion.ipynb #fad68a31
 def angle(path: Path, t: torch.Tensor) -> torch.Tensor:
     "The angle whose tangent is beta / alpha."
     return torch.atan2(path.beta(t), path.alpha(t))
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #88d1053b
 def check_reached(path: Path, wanted: torch.Tensor) -> None:
     "Raises InputError if a path never has as much noise as is wanted."
     most = angle(path, torch.ones_like(wanted))
@@ -324,11 +331,11 @@ def check_reached(path: Path, wanted: torch.Tensor) -> None:
         raise InputError(message)
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #7cea8915
+# %% ../nbs/1_plane/21_diffusion.ipynb #2538c466
 def time_on(
-    other: Path,
     t: torch.Tensor,  # times on `path`, of any shape
     path: Path,
+    other: Path,
 ) -> torch.Tensor:  # times on `other`
     """When another path has as much noise per data (eq. 1.21.5).
 
@@ -345,6 +352,7 @@ def time_on(
     return high
 
 
+# %% ../nbs/1_plane/21_diffusion.ipynb #933dd6be
 def carry(
     x: torch.Tensor,  # (B, ...) points at times t on `path`
     t: float | torch.Tensor,  # (B,) or a number in [0, 1]
@@ -355,28 +363,36 @@ def carry(
 
     Raises InputError for bad times, or if the other path never has as much noise."""
     t = span_times(t, x)
-    there = time_on(other, t, path)
-    # alpha and beta grow by the same factor, and their sum is never zero
+    if path == other:
+        return x, t
+    there = time_on(t, path, other)
+    # alpha and beta grow by the same factor; their sum is never zero
     c = (other.alpha(there) + other.beta(there)) / (path.alpha(t) + path.beta(t))
     return expand(c, x) * x, there
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #4ef7e8e8
+# %% ../nbs/1_plane/21_diffusion.ipynb #5cfae5a5
 def last_time(path: Path, trained_on: Path) -> float:
     "The last time on a path at which a network's own path has as much noise."
     one = torch.ones(1).double()
     if (angle(trained_on, one) >= angle(path, one)).all():
         return 1.0
-    return time_on(path, one, trained_on).item()
+    return time_on(one, trained_on, path).item()
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #f3613fdd
-class Predictor:
-    """A network that predicts data, noise, score or velocity, as a velocity field.
+# %% ../nbs/1_plane/21_diffusion.ipynb #f0b06a9b
+def check_window(t_min: float, t_max: float) -> None:
+    "Raises InputError for times between which a network cannot be asked."
+    if not 0 <= t_min < t_max <= 1:
+        message = (
+            f"The network would be asked from t = {t_min:g} to {t_max:g}, but "
+            "0 <= t_min < t_max <= 1 is needed."
+        )
+        raise InputError(message)
 
-    It fits `integrate`, `OdeFlow`, `diffuse` and `compare`.
-    Raises InputError for an unknown face, for times of no span, and when it is asked,
-    for points, times and answers whose shapes do not fit."""
+
+class PredictedMeans:
+    "A network that predicts one face of the mean, and the two means that it implies."
 
     def __init__(
         self,
@@ -384,8 +400,8 @@ class Predictor:
         path: str | dict | Path = "linear",  # on which the velocity is wanted
         predicts: str = "noise",  # or "data", "score", "velocity"
         trained_on: str | dict | Path | None = None,  # the network's path, if another
-        t_min: float = 1e-4,  # the first and the last time, on `path`, at which the
-        t_max: float = 1 - 1e-4,  # network is asked
+        t_min: float = 1e-4,  # the first time, on `path`, at which it is asked
+        t_max: float = 1 - 1e-4,  # the last
     ):
         check_face(predicts)
         self.model = model
@@ -395,12 +411,7 @@ class Predictor:
         self.predicts = predicts
         self.t_min = t_min
         self.t_max = min(t_max, last_time(self.path, own))
-        if not 0 <= self.t_min < self.t_max <= 1:
-            message = (
-                f"The network would be asked from t = {t_min:g} to {self.t_max:g}, but "
-                "0 <= t_min < t_max <= 1 is needed."
-            )
-            raise InputError(message)
+        check_window(self.t_min, self.t_max)
 
     def means(
         self,
@@ -409,14 +420,21 @@ class Predictor:
         y: torch.Tensor | None = None,  # (B,)
     ) -> Means:  # m0 and m1, (B, ...) each
         "What the network says of the data and of the noise."
-        there, when = x, t
-        if self.trained_on != self.path:
-            there, when = carry(x, t, self.path, self.trained_on)
+        there, when = carry(x, t, self.path, self.trained_on)
         labels = () if y is None else (y,)
         value = self.model(there, when, *labels)
         check_prediction(value, x)
         at = weights_of(self.trained_on, when, x)
         return READERS[self.predicts](value, there, at)
+
+
+# %% ../nbs/1_plane/21_diffusion.ipynb #7a240fbf
+class Predictor(PredictedMeans):
+    """A network that predicts data, noise, score or velocity, as a velocity field.
+
+    It fits `integrate`, `OdeFlow`, `diffuse` and `compare`.
+    Raises InputError for an unknown face, for times of no span, and when it is asked,
+    for points, times and answers whose shapes do not fit."""
 
     def velocity(
         self,
@@ -431,15 +449,10 @@ class Predictor:
         return face_of("velocity", m0, m1, weights_of(self.path, t, x))
 
 
-# %% ../nbs/1_plane/21_diffusion.ipynb #4f15ece4
-@register("coefficients", "edm")
+# %% ../nbs/1_plane/21_diffusion.ipynb #d7776000
 @dataclass(frozen=True)
-class EDMCoefficients:
-    """The best straight line from x_t to x_s, and the size of what it misses.
-
-    Equation 1.21.6; at s = 0 the preconditioning of EDM (Karras et al., arXiv
-    2206.00364). The path must be that of the model. da and db are the derivatives
-    along s at s = t. Raises InputError unless sigma_data > 0."""
+class PairStatistics:
+    "Second moments of points that share data and noise, at two times of a path."
 
     path: Any = "linear"  # or a name or description of one
     sigma_data: float = 0.5  # standard deviation of the data, per coordinate
@@ -454,7 +467,7 @@ class EDMCoefficients:
         object.__setattr__(self, "path", build("path", self.path))
 
     def covariance(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        "Of x_t and x_s with the same data and noise, per coordinate."
+        "Of x_t and x_s, per coordinate."
         data = self.path.alpha(t) * self.path.alpha(s) * self.sigma_data**2
         return data + self.path.beta(t) * self.path.beta(s)
 
@@ -462,13 +475,24 @@ class EDMCoefficients:
         "R, the standard deviation of x_t; EDM's network is given x_t / R."
         return self.covariance(t, t).sqrt()
 
+
+# %% ../nbs/1_plane/21_diffusion.ipynb #b1b15a0a
+@register("coefficients", "edm")
+@dataclass(frozen=True)
+class EDMCoefficients(PairStatistics):
+    """The best straight line from x_t to x_s, and the size of what it misses.
+
+    Equation 1.21.6; at s = 0 the preconditioning of EDM (Karras et al., arXiv
+    2206.00364). The path must be that of the model. da and db are the derivatives
+    along s at s = t. Raises InputError unless sigma_data > 0."""
+
     def a(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return self.covariance(t, s) / self.covariance(t, t)
+        return self.covariance(t, s) / self.covariance(t, t)  # eq. 1.21.6
 
     def b(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         gap = self.path.alpha(s) * self.path.beta(t)
         gap = gap - self.path.alpha(t) * self.path.beta(s)
-        return self.sigma_data * gap / self.spread(t)
+        return self.sigma_data * gap / self.spread(t)  # eq. 1.21.6
 
     def da(self, t: torch.Tensor) -> torch.Tensor:
         data = self.path.alpha(t) * self.path.dalpha(t) * self.sigma_data**2
