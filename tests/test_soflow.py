@@ -314,7 +314,8 @@ def test_where_no_digits_are_needed_none_are_paid_for(case):
 def test_one_more_evaluation_and_two_of_them_in_float32():
     plain, net, number = called(at_share(0.002) | NEVER, in_autocast)
     ours, again, same_number = called(at_share(0.002), in_autocast)
-    single, short = torch.float32, torch.bfloat16
+    single = torch.float32
+    short = torch.bfloat16
     assert net.inner == [short, short]
     assert again.inner == [single, single, short]
     assert number == same_number and not torch.equal(ours, plain)
@@ -388,4 +389,4 @@ def test_one_weight_instead_of_two_is_refused():
 
 def test_a_share_above_one_is_refused():
     given = at_share(0.002, float32_below=2.0)
-    assert "from 0, for never, to 1" in complaint(build, "objective", given)
+    assert "float32_below is 2.0" in complaint(build, "objective", given)
