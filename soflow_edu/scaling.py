@@ -227,14 +227,28 @@ class GPU:
 
     name: str
     flops: float  # of dense products in bfloat16, a second
+    single: float  # of products in float32, a second
     memory: float  # bytes
 
 
 MACHINES = {
-    "H100": GPU("H100", 989e12, 80e9),
-    "A100": GPU("A100", 312e12, 80e9),
-    "RTX 4090": GPU("RTX 4090", 165e12, 24e9),
+    "H100": GPU("H100", 989e12, 67e12, 80e9),
+    "A100": GPU("A100", 312e12, 19.5e12, 80e9),
+    "RTX 4090": GPU("RTX 4090", 165e12, 82.6e12, 24e9),
 }
+
+
+# %% ../nbs/3_imagenet/05_scaling.ipynb #de501168
+def evaluations_in_bfloat16(
+    objective: SoFlow | dict | str,  # or its description
+) -> tuple[float, float]:  # in bfloat16, and in float32
+    """Forward evaluations of one sample in a step of a network in bfloat16, on average
+    over a run; a backward pass counts as two."""
+    o = build("objective", objective)
+    moments = [k / 1000 for k in range(1000)]
+    close = [o.least_share(progress) < o.float32_below for progress in moments]
+    rows = (1 - o.lam) * sum(close) / len(close)
+    return evaluations(o) - rows * o.jumps, rows * (o.jumps + 1)
 
 
 # %% ../nbs/3_imagenet/05_scaling.ipynb #4e7b0efa
@@ -246,8 +260,13 @@ def run_hours(
 ) -> float:
     "Hours of a run with its whole number of steps."
     assert config.steps is not None
+    coarse = evaluations(config.objective)
+    exact = 0.0
+    if config.precision == "bfloat16":
+        coarse, exact = evaluations_in_bfloat16(config.objective)
+    share = (coarse + exact * gpu.flops / gpu.single) / evaluations(config.objective)
     rate = count * gpu.flops * efficiency
-    return step_flops(config) * config.steps / rate / 3600
+    return share * step_flops(config) * config.steps / rate / 3600
 
 
 def bytes_each(

@@ -355,6 +355,15 @@ def with_values(
     return values + (F - F.detach())
 
 
+# %% ../nbs/1_plane/09_soflow.ipynb #e00606d3
+def check_shares(**given: float):
+    "Raises InputError for a share outside [0, 1]."
+    for name, share in given.items():
+        if not 0 <= share <= 1:
+            message = f"{name} is {share}, but a share lies in [0, 1]."
+            raise InputError(message)
+
+
 # %% ../nbs/1_plane/09_soflow.ipynb #8393839e
 @dataclass
 class Choices:
@@ -375,15 +384,7 @@ class Choices:
     def __post_init__(self):
         if self.stride not in ("share", "length"):
             raise unknown("stride", self.stride, ("share", "length"))
-        if not 0 <= self.lam <= 1:
-            message = f"lam is {self.lam}, but a share lies in [0, 1]."
-            raise InputError(message)
-        if not 0 <= self.float32_below <= 1:
-            message = (
-                f"float32_below is {self.float32_below}, but r lies in (0, 1]. "
-                "Choose a number from 0, for never, to 1."
-            )
-            raise InputError(message)
+        check_shares(lam=self.lam, float32_below=self.float32_below)
         check_least("SoFlow", {"trained": (self.trained, 0)})
         if self.jumps < 1:
             message = (
@@ -505,29 +506,9 @@ class Weighing(Drawing):
         return RowLoss(weight * adaptive * error, error * gap**2)
 
 
-# %% ../nbs/1_plane/09_soflow.ipynb #a42cdfb4
-@register("objective", "soflow")
-@dataclass
-class SoFlow(Weighing):
-    """Flow matching and solution consistency (SoFlow, section 4), without a
-    Jacobian-vector product."""
-
-    def loss(
-        self, model: SolutionModel, batch: Batch, draws: Draws, progress: float
-    ) -> Loss:
-        "The loss of one step; deterministic but for dropout."
-        rows = rows_of(model, batch, draws)
-        still = rows[: draws.regressed]  # train the velocity
-        moving = rows[draws.regressed :]  # train the map
-        coarse = self.is_coarse(model, moving, progress)
-        v, F_ahead = self.look_ahead(model, moving, coarse)
-        values = self.values(model, moving) if coarse else None
-        F_still, F_moving = outputs(model, rows, draws.regressed)  # this keeps memory
-        if values is not None:
-            F_moving = with_values(F_moving, values)
-        velocity = self.velocity_loss(model, still, F_still)
-        solution = self.solution_loss(model, moving, F_moving, v, F_ahead)
-        return total(self.shares(progress), velocity, solution)
+# %% ../nbs/1_plane/09_soflow.ipynb #37acb90d
+class Looking(Weighing):
+    "The calls of the network without gradient."
 
     def is_coarse(self, model: SolutionModel, rows: Rows, progress: float) -> bool:
         "Whether the difference of two outputs would be lost in their rounding."
@@ -558,6 +539,31 @@ class SoFlow(Weighing):
     def reach(self, rows: Rows) -> torch.Tensor | None:
         "The longest velocity that a jump of the target may have, if there is a limit."
         return None
+
+
+# %% ../nbs/1_plane/09_soflow.ipynb #a42cdfb4
+@register("objective", "soflow")
+@dataclass
+class SoFlow(Looking):
+    """Flow matching and solution consistency (SoFlow, section 4), without a
+    Jacobian-vector product."""
+
+    def loss(
+        self, model: SolutionModel, batch: Batch, draws: Draws, progress: float
+    ) -> Loss:
+        "The loss of one step; deterministic but for dropout."
+        rows = rows_of(model, batch, draws)
+        still = rows[: draws.regressed]  # train the velocity
+        moving = rows[draws.regressed :]  # train the map
+        coarse = self.is_coarse(model, moving, progress)
+        v, F_ahead = self.look_ahead(model, moving, coarse)
+        values = self.values(model, moving) if coarse else None
+        F_still, F_moving = outputs(model, rows, draws.regressed)  # this keeps memory
+        if values is not None:
+            F_moving = with_values(F_moving, values)
+        velocity = self.velocity_loss(model, still, F_still)
+        solution = self.solution_loss(model, moving, F_moving, v, F_ahead)
+        return total(self.shares(progress), velocity, solution)
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #c56fb828
