@@ -471,22 +471,34 @@ THREE_JUMPS = {
 # %% ../nbs/1_plane/13_objectives.ipynb #8c702a56
 FLOW_MATCHING = {"name": "flow_matching", "times": "corner"}
 REFLOW = {"name": "reflow", "times": "uniform"}
-MEANFLOW = {"name": "meanflow", "p": 1.0, "eps": 1.0}
+MEANFLOW = {
+    "name": "meanflow",
+    "lam": 0.5,
+    "p": 0.5,
+    "eps": 0.1,
+    "times": "uniform",
+}
 CONSISTENCY = {"name": "consistency", "p": 0.5, "eps": 0.1}
 SHORTCUT = {"name": "shortcut"}
 SEMIGROUP = {"name": "semigroup", "jumps": 3, "lam": 0.8}
 REGRESSION = {"name": "regression"}
+ONLY_VELOCITY = {"name": "soflow", "lam": 1.0, "target": "batch", "trained": 256}
 
 # %% ../nbs/1_plane/13_objectives.ipynb #5e9ea1c1
 OWN = {"lam": 0.5, "target": "own"}
 BATCH = {"target": "batch"}
 EXACT = {"target": "exact"}
+EXACT_STEP = {"target": {"name": "exact", "part": "step"}}
+EXACT_REGRESSION = {"target": {"name": "exact", "part": "regression"}}
+CLIPPED = {"clip": 1.0}
+FEW = {"batch": 256}
 MANY = {"batch": 512}
 SMALL = {"name": "mlp", "width": 64, "depth": 4, "x_waves": 4, "t_waves": 4}
 SMALLER = MANY | {"network": SMALL}
 
 # %% ../nbs/1_plane/13_objectives.ipynb #7b5d1be6
 TEACHER = {"objective": FLOW_MATCHING}
+BETTER_TEACHER = {"objective": ONLY_VELOCITY, "batch": 2048}
 PAIRS = "a teacher and its ODE pairs"
 PRODUCT = "a Jacobian-vector product"
 PATHS = "exact trajectories"
@@ -502,9 +514,16 @@ VELOCITIES = {
         teacher=TEACHER,
         answer="velocity",
     ),
+    "own_trajectories": trial(
+        "regression on own trajectories",
+        REGRESSION,
+        needs=PAIRS,
+        teacher=BETTER_TEACHER,
+        more=FEW,
+    ),
 }
 ONE_PAIR = {
-    "meanflow": trial("MeanFlow", MEANFLOW, 4e-3, needs=PRODUCT),
+    "meanflow": trial("MeanFlow", MEANFLOW, 2e-3, needs=PRODUCT, more=CLIPPED),
     "consistency": trial("consistency training", CONSISTENCY, 3e-3, answer="data"),
     "shortcut": trial("shortcut model", SHORTCUT, 4e-3),
     "soflow_paper": trial("SoFlow, settings of the paper", PAPER, 3e-3),
@@ -516,7 +535,7 @@ ONE_PAIR = {
 MINI_BATCH = {
     "soflow_batch": trial("SoFlow, mini-batch", AHEAD | BATCH, 5e-3),
     "meanflow_batch": trial(
-        "MeanFlow, mini-batch", MEANFLOW | BATCH, 4e-3, needs=PRODUCT
+        "MeanFlow, mini-batch", MEANFLOW | BATCH, 2e-3, needs=PRODUCT, more=CLIPPED
     ),
     "consistency_batch": trial(
         "consistency training, mini-batch", CONSISTENCY | BATCH, 3e-3, answer="data"
@@ -530,6 +549,20 @@ TWO_FORMS = {
 ORACLES = {
     "soflow_exact": trial(
         "SoFlow, exact velocity", AHEAD | EXACT, 5e-3, needs=TRUTH, oracle=True
+    ),
+    "exact_step": trial(
+        "SoFlow, exact velocity in the step only",
+        AHEAD | EXACT_STEP,
+        5e-3,
+        needs=TRUTH,
+        oracle=True,
+    ),
+    "exact_regression": trial(
+        "SoFlow, exact velocity regressed only",
+        AHEAD | EXACT_REGRESSION,
+        5e-3,
+        needs=TRUTH,
+        oracle=True,
     ),
     "regression": trial(
         "regression on exact trajectories", REGRESSION, needs=PATHS, oracle=True
@@ -606,7 +639,7 @@ def parts_of(
     if setting.oracle:
         flow = ExactFlow(law, build("path", config.path))
         if options["name"] == "soflow":
-            options["target"] = {"name": "exact", "flow": flow}
+            options["target"] = options_of(options["target"]) | {"flow": flow}
         else:
             options["trajectories"] = Trajectories(
                 flow, law.shape, count, seed=config.seed

@@ -146,18 +146,29 @@ class OwnVelocity(Conditional):
 @register("target", "exact")
 @dataclass
 class Exact:
-    "The closed-form velocity of a flow, for experiments."
+    """The closed-form velocity of a flow, for experiments.
+
+    Raises InputError for a part that is not there."""
 
     flow: Any  # an ExactFlow, or anything with velocity(x, t, y)
+    part: str = "both"  # where it is exact, not the pair's: or "step", "regression"
     drop = 0.0
 
-    def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
+    def __post_init__(self):
+        if self.part not in ("both", "step", "regression"):
+            raise unknown("part", self.part, ("both", "step", "regression"))
+
+    def exact(self, rows: Rows) -> torch.Tensor:  # (n, ...)
         return self.flow.velocity(rows.xt, rows.t, rows.y)
 
-    regress = step
+    def step(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
+        return rows.v_cond if self.part == "regression" else self.exact(rows)
+
+    def regress(self, model: SolutionModel, rows: Rows) -> torch.Tensor:  # (n, ...)
+        return rows.v_cond if self.part == "step" else self.exact(rows)
 
     def spec(self) -> dict:
-        return {"name": "exact"}
+        return {"name": "exact", "part": self.part}
 
 
 # %% ../nbs/1_plane/09_soflow.ipynb #f96bdacb
