@@ -36,7 +36,7 @@ __all__ = [
     "search_table",
 ]
 
-# %% ../nbs/1_plane/20_search.ipynb #6978e464
+# %% ../nbs/1_plane/20_search.ipynb #25185b2c
 import hashlib
 import json
 import math
@@ -51,7 +51,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/1_plane/20_search.ipynb #df443c76
+# %% ../nbs/1_plane/20_search.ipynb #19303830
 from .config import Config, load_config
 from .core import InputError, build, describe, unknown
 from .distributions import law_of
@@ -73,7 +73,7 @@ from .solution import rms
 from .training import Diverged, generator_of
 
 
-# %% ../nbs/1_plane/20_search.ipynb #49050384
+# %% ../nbs/1_plane/20_search.ipynb #38be7c65
 @dataclass(frozen=True)
 class LogUniform:
     "A number between two bounds whose logarithm is uniform, to three digits."
@@ -112,7 +112,7 @@ def in_words(value: Any) -> str:
     return str(value)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #a70c13c7
+# %% ../nbs/1_plane/20_search.ipynb #5d20a3ac
 @dataclass(frozen=True)
 class Knob:
     "What a search may turn: a place in the configuration, and the law of its value."
@@ -127,21 +127,26 @@ class Knob:
         return self.law.draw(generator_of(seed, number))
 
 
-# %% ../nbs/1_plane/20_search.ipynb #600ed045
-def turned(description: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """A description in which the value at a path is another.
+# %% ../nbs/1_plane/20_search.ipynb #f8321d9e
+def turned(
+    given: dict[str, Any],  # a description, or the fields of a configuration
+    whole: dict[str, Any],  # the same with all that it leaves to defaults
+    path: list[str],
+    value: Any,
+) -> dict[str, Any]:
+    """What was given, with another value at a path.
 
     Raises InputError if there is no such place."""
-    options = options_of(description)
     first, *rest = path
-    if first not in options:
-        raise unknown("knob", first, options)
+    if first not in whole:
+        raise unknown("knob", first, whole)
     if rest:
-        value = turned(options[first], rest, value)
-    return options | {first: value}
+        inner = options_of(whole[first])
+        value = turned(options_of(given.get(first, inner)), inner, rest, value)
+    return given | {first: value}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #b3992c47
+# %% ../nbs/1_plane/20_search.ipynb #953375ef
 @dataclass(frozen=True)
 class Method:
     "An objective, with what may be turned in its search."
@@ -161,20 +166,21 @@ class Method:
 
         Raises InputError for a knob that is not there, or a value it does not take."""
         before = vars(load_config(base))
-        after = before | dict(self.changes)
-        after["objective"] = describe(build("objective", self.objective))
+        after = before | dict(self.changes) | {"objective": self.objective}
+        objective = describe(build("objective", self.objective))
+        whole = after | {"objective": objective}
         for name, value in knobs.items():
             places = name.split(", ")
             values = value if len(places) > 1 else [value]
             for place, own in zip(places, values, strict=True):
-                after = turned(after, place.split("."), own)
+                after = turned(after, whole, place.split("."), own)
         build("objective", after["objective"])
         Config(**after)
         changes = {name: own for name, own in after.items() if own != before[name]}
         return Setting(self.label, changes, answer=self.answer)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #fc9fc243
+# %% ../nbs/1_plane/20_search.ipynb #586a4935
 @dataclass(frozen=True)
 class Budget:
     "What a method may spend; all methods of a comparison have the same."
@@ -206,10 +212,15 @@ class Problem:
     base: str = "plane"  # the configuration whose fields are turned
     budget: Budget = Budget()
 
+    def config(self, seconds: float | None, steps: int | None, seed: int = 0) -> Config:
+        "The configuration of a training of that length."
+        length = {"seconds": seconds, "steps": steps}
+        return replace(load_config(self.base), data=self.data, seed=seed, **length)
+
 
 PROBLEMS = {"plane": Problem("eight_gaussians")}
 
-# %% ../nbs/1_plane/20_search.ipynb #f1544444
+# %% ../nbs/1_plane/20_search.ipynb #e0ed0528
 WEIGHTS = ((0.0, 0.01), (0.5, 0.1), (0.5, 1.0), (1.0, 1.0))
 CORNERS = ({"name": "corner", "corner": 0.1}, {"name": "corner", "corner": 0.3})
 COMMON = (
@@ -224,7 +235,7 @@ PAIRED = (
 )
 SHARED = COMMON + PAIRED
 
-# %% ../nbs/1_plane/20_search.ipynb #2da235f7
+# %% ../nbs/1_plane/20_search.ipynb #41291aa7
 R_INIT = Knob("objective.schedule.r_init", LogUniform(0.1, 1.0))
 R_END = Knob("objective.schedule.r_end", LogUniform(0.005, 0.2))
 GRID = Knob("objective.grid", Choice(((4, 32), (8, 64), (8, 128), (16, 256))))
@@ -237,7 +248,7 @@ VELOCITY_WEIGHT = Knob(
 LAM = PAIRED[0]
 
 
-# %% ../nbs/1_plane/20_search.ipynb #ac04812f
+# %% ../nbs/1_plane/20_search.ipynb #2c0b20b3
 def named(name: str, **options: Any) -> dict[str, Any]:
     "The description of an objective."
     return {"name": name} | options
@@ -285,7 +296,7 @@ MINI_BATCH = {
 METHODS |= MINI_BATCH
 
 
-# %% ../nbs/1_plane/20_search.ipynb #22468269
+# %% ../nbs/1_plane/20_search.ipynb #45aecb84
 def method_of(name: str) -> Method:
     "The method of a name. Raises InputError if there is none."
     if name not in METHODS:
@@ -300,7 +311,7 @@ def problem_of(name: str) -> Problem:
     return PROBLEMS[name]
 
 
-# %% ../nbs/1_plane/20_search.ipynb #3a6a7cba
+# %% ../nbs/1_plane/20_search.ipynb #af7d8dee
 @cache
 def noise_and_truth(data: str, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     "4,096 noises, and where the exact flow takes them; the path as text in JSON."
@@ -324,7 +335,7 @@ def errors_of(
     return errors
 
 
-# %% ../nbs/1_plane/20_search.ipynb #b34021a8
+# %% ../nbs/1_plane/20_search.ipynb #42b72b3b
 NO_NUMBER = re.compile(r"The loss is -?(nan|inf) at step")
 
 
@@ -344,7 +355,17 @@ def failure(message: str, seconds: float) -> dict[str, Any]:
     }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #bf929a82
+# %% ../nbs/1_plane/20_search.ipynb #f862fe88
+@cache
+def warm_up(where: str, method: str) -> None:
+    "Two steps that no budget pays for: torch loads much of itself at its first use."
+    problem = problem_of(where)
+    chosen = method_of(method)
+    setting = chosen.setting(problem.base, chosen.draw(0))
+    run_setting(setting, problem.config(None, 2), law_of(problem.data))
+
+
+# %% ../nbs/1_plane/20_search.ipynb #059fe38d
 @dataclass(frozen=True)
 class Trial:
     "One training of a search."
@@ -383,13 +404,8 @@ class Trial:
     def run(self) -> dict[str, Any]:
         "Trains and judges. A training that diverges gives a row that says so."
         problem = problem_of(self.where)
-        config = replace(
-            load_config(problem.base),
-            data=problem.data,
-            seconds=self.seconds,
-            steps=self.steps,
-            seed=self.seed,
-        )
+        config = problem.config(self.seconds, self.steps, self.seed)
+        warm_up(self.where, self.method)
         start = time.process_time()
         try:
             model, took = run_setting(self.setting, config, law_of(problem.data))
@@ -404,7 +420,7 @@ class Trial:
         return self.key | took | {"relative_rmse": errors}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #2cc69cd7
+# %% ../nbs/1_plane/20_search.ipynb #852ddcc0
 def one_step(row: dict[str, Any]) -> float:
     "The error in one step; that of a failed training is infinite."
     error = row["relative_rmse"][0]
@@ -431,7 +447,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
     return sorted(finite, key=lambda draw: means[draw])
 
 
-# %% ../nbs/1_plane/20_search.ipynb #d21d89c7
+# %% ../nbs/1_plane/20_search.ipynb #78bcb106
 @dataclass(frozen=True)
 class Search:
     "The search of one method, whose rows stand in a file of a folder."
@@ -521,7 +537,7 @@ class Search:
         return rows
 
 
-# %% ../nbs/1_plane/20_search.ipynb #ddb27f94
+# %% ../nbs/1_plane/20_search.ipynb #ec3df69c
 def is_complete(rows: list[dict[str, Any]], budget: Budget) -> bool:
     "Whether a search has come to its end."
     drawn = of_stage(rows, "draw")
@@ -534,7 +550,7 @@ def is_complete(rows: list[dict[str, Any]], budget: Budget) -> bool:
     return all(len(stage) == fresh for stage in stages)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #08551d76
+# %% ../nbs/1_plane/20_search.ipynb #3205d314
 def result_line(
     label: str,
     rows: list[dict[str, Any]],  # of one stage
@@ -561,7 +577,7 @@ def result_table(
     return "\n".join(lines)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #9afba968
+# %% ../nbs/1_plane/20_search.ipynb #557068aa
 def search_table(
     searches: dict[str, list[dict[str, Any]]],  # all rows of complete searches
 ) -> str:
@@ -576,7 +592,7 @@ def search_table(
     return "\n\n".join(parts)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #db218330
+# %% ../nbs/1_plane/20_search.ipynb #1064ceca
 def searches_of(
     methods: Iterable[str],
     where: str,
