@@ -40,7 +40,7 @@ __all__ = [
     "expected_best",
 ]
 
-# %% ../nbs/1_plane/20_search.ipynb #73e3b045
+# %% ../nbs/1_plane/20_search.ipynb #d731af7b
 import hashlib
 import json
 import math
@@ -55,7 +55,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/1_plane/20_search.ipynb #a191358d
+# %% ../nbs/1_plane/20_search.ipynb #d02c8a12
 from .config import Config, load_config
 from .core import InputError, build, describe, unknown
 from .distributions import law_of
@@ -77,7 +77,7 @@ from .solution import rms
 from .training import Diverged, generator_of
 
 
-# %% ../nbs/1_plane/20_search.ipynb #436530ec
+# %% ../nbs/1_plane/20_search.ipynb #d67cd87a
 @dataclass(frozen=True)
 class LogUniform:
     "A number between two bounds whose logarithm is uniform, to three digits."
@@ -116,7 +116,7 @@ def in_words(value: Any) -> str:
     return str(value)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #7068eb80
+# %% ../nbs/1_plane/20_search.ipynb #978ce35f
 @dataclass(frozen=True)
 class Knob:
     "What a search may turn: a place in the configuration, and the law of its value."
@@ -131,7 +131,7 @@ class Knob:
         return self.law.draw(generator_of(seed, number))
 
 
-# %% ../nbs/1_plane/20_search.ipynb #4ecfaab6
+# %% ../nbs/1_plane/20_search.ipynb #9080a45c
 def turned(
     given: dict[str, Any],  # a description, or the fields of a configuration
     whole: dict[str, Any],  # the same with all that it leaves to defaults
@@ -150,7 +150,7 @@ def turned(
     return given | {first: value}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #f6d66509
+# %% ../nbs/1_plane/20_search.ipynb #741c6510
 @dataclass(frozen=True)
 class Method:
     "An objective, with what may be turned in its search."
@@ -184,7 +184,7 @@ class Method:
         return Setting(self.label, changes, answer=self.answer)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #5108f07e
+# %% ../nbs/1_plane/20_search.ipynb #14b7ca95
 CORNERS = ({"name": "corner", "corner": 0.1}, {"name": "corner", "corner": 0.3})
 WEIGHTS = ((0.0, 0.01), (0.5, 0.1), (0.5, 1.0), (1.0, 1.0))
 COMMON = (
@@ -197,7 +197,7 @@ LAM = Knob("objective.lam", Choice((0.25, 0.33, 0.5, 0.67, 0.8)))
 TIMES = Knob("objective.times", Choice(("uniform", *CORNERS)))
 SHARED = (*COMMON, LAM, TIMES)
 
-# %% ../nbs/1_plane/20_search.ipynb #547a8754
+# %% ../nbs/1_plane/20_search.ipynb #8f7349fb
 R_INIT = Knob("objective.schedule.r_init", LogUniform(0.1, 1.0))
 R_END = Knob("objective.schedule.r_end", LogUniform(0.005, 0.2))
 GRID = Knob("objective.grid", Choice(((4, 32), (8, 64), (8, 128), (16, 256))))
@@ -206,7 +206,7 @@ JUMPS = Knob("objective.jumps", Choice((1, 3)))
 STEP = Knob("objective.step", LogUniform(0.01, 0.2))
 WEIGHT = Knob("objective.velocity_weight", Choice(((1.0, 1.0), (0.5, 0.5), (0.5, 0.1))))
 
-# %% ../nbs/1_plane/20_search.ipynb #65824336
+# %% ../nbs/1_plane/20_search.ipynb #1c87c409
 SOFLOW = {"name": "soflow", "schedule": exponential(0.3, 0.02)}
 PROGRESSIVE = {"name": "semigroup"}
 BY_STEPS = {"name": "lagrangian_steps"}
@@ -233,7 +233,7 @@ METHODS = {
     "lagrangian_steps": Method("Lagrangian by differences", BY_STEPS, (*SHARED, STEP)),
 }
 
-# %% ../nbs/1_plane/20_search.ipynb #a0f22b4b
+# %% ../nbs/1_plane/20_search.ipynb #2485e93d
 BATCH = {"target": "batch"}
 METHODS |= {
     "soflow_batch": Method("SoFlow, mini-batch", SOFLOW | BATCH, AHEAD),
@@ -249,7 +249,7 @@ METHODS |= {
 }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #8750eddf
+# %% ../nbs/1_plane/20_search.ipynb #27dc0de3
 @dataclass(frozen=True)
 class Budget:
     """What a method may spend; all methods of a comparison have the same.
@@ -275,7 +275,7 @@ class Budget:
             raise InputError(message)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #69cb261c
+# %% ../nbs/1_plane/20_search.ipynb #4b4e4614
 @dataclass(frozen=True)
 class Problem:
     "What is learned, from which configuration, at which cost."
@@ -307,7 +307,7 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-# %% ../nbs/1_plane/20_search.ipynb #fc97dc06
+# %% ../nbs/1_plane/20_search.ipynb #56d635de
 @cache
 def noise_and_truth(
     data: str,  # name of the data
@@ -333,7 +333,7 @@ def errors_of(
     return errors
 
 
-# %% ../nbs/1_plane/20_search.ipynb #22753476
+# %% ../nbs/1_plane/20_search.ipynb #35aa0d4b
 NO_NUMBER = re.compile(r"The loss is -?(nan|inf) at step")
 
 
@@ -353,7 +353,7 @@ def failure(message: str, seconds: float) -> dict[str, Any]:
     }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #3281bf1d
+# %% ../nbs/1_plane/20_search.ipynb #5deb245d
 @cache
 def warm_up(where: str, method: str) -> None:
     "Two steps that no budget pays for: torch loads much of itself at its first use."
@@ -363,7 +363,7 @@ def warm_up(where: str, method: str) -> None:
     run_setting(setting, problem.config(None, 2), law_of(problem.data))
 
 
-# %% ../nbs/1_plane/20_search.ipynb #8168c88c
+# %% ../nbs/1_plane/20_search.ipynb #7558eda4
 @dataclass(frozen=True)
 class Place:
     "The place of a training in a search."
@@ -397,7 +397,7 @@ class Place:
         }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #445b1cc8
+# %% ../nbs/1_plane/20_search.ipynb #c3586710
 @dataclass(frozen=True)
 class Trial(Place):
     "One training of a search."
@@ -421,7 +421,7 @@ class Trial(Place):
         return self.key | took | {"relative_rmse": errors}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #aa09ad6e
+# %% ../nbs/1_plane/20_search.ipynb #d798a10f
 def one_step(row: dict[str, Any]) -> float:
     "The error in one step; that of a failed training is infinite."
     error = row["relative_rmse"][0]
@@ -448,7 +448,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
     return sorted(finite, key=lambda draw: means[draw])
 
 
-# %% ../nbs/1_plane/20_search.ipynb #0960b2e8
+# %% ../nbs/1_plane/20_search.ipynb #36525bcb
 @dataclass(frozen=True)
 class Asked:
     "Which search is asked for."
@@ -480,7 +480,7 @@ class Asked:
         return " ".join(words)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #3390af39
+# %% ../nbs/1_plane/20_search.ipynb #782a7ad2
 @dataclass(frozen=True)
 class Plan(Asked):
     "The trials of the search of one method."
@@ -514,7 +514,7 @@ class Plan(Asked):
         return len(list(self.trials(rows))) == len(rows)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #e34dd2fc
+# %% ../nbs/1_plane/20_search.ipynb #85d14a40
 @dataclass(frozen=True)
 class Search(Plan):
     "The search of one method, whose rows stand in a file of a folder."
@@ -546,7 +546,7 @@ class Search(Plan):
         return rows
 
 
-# %% ../nbs/1_plane/20_search.ipynb #f47b5ed6
+# %% ../nbs/1_plane/20_search.ipynb #abc788aa
 def searches_of(
     methods: Iterable[str],
     where: str,  # name of the problem
@@ -564,7 +564,7 @@ def searches_of(
     return searches
 
 
-# %% ../nbs/1_plane/20_search.ipynb #cd4fbe61
+# %% ../nbs/1_plane/20_search.ipynb #b5c53a4d
 def result_line(
     label: str,
     rows: list[dict[str, Any]],  # of one stage
@@ -588,7 +588,7 @@ def result_table(
     return "\n".join(lines)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #15d7fed4
+# %% ../nbs/1_plane/20_search.ipynb #a81df7f6
 def search_table(
     searches: dict[str, list[dict[str, Any]]],  # all rows of complete searches
 ) -> str:
@@ -606,7 +606,7 @@ def search_table(
     return "\n\n".join(parts)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #2e7ecbfb
+# %% ../nbs/1_plane/20_search.ipynb #a467577f
 def verdict(
     these: list[float],  # errors of the seeds of one method
     those: list[float],  # of another
@@ -619,7 +619,7 @@ def verdict(
     return "not separated"
 
 
-# %% ../nbs/1_plane/20_search.ipynb #44ecff26
+# %% ../nbs/1_plane/20_search.ipynb #0c29580a
 def expected_best(
     errors: Iterable[float],  # of N draws; infinite where one has failed
     n: int,  # draws that one could afford
