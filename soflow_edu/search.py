@@ -5,42 +5,22 @@ a winner judged by fresh seeds."""
 
 # %% auto #0
 __all__ = [
-    "CORNERS",
-    "WEIGHTS",
     "COMMON",
-    "LAM",
-    "TIMES",
     "SHARED",
-    "R_INIT",
-    "R_END",
-    "GRID",
-    "FINEST",
-    "JUMPS",
-    "STEP",
-    "WEIGHT",
-    "SOFLOW",
-    "PROGRESSIVE",
-    "BY_STEPS",
-    "AHEAD",
-    "JUMPING",
     "METHODS",
-    "BATCH",
     "PROBLEMS",
     "LogUniform",
     "Choice",
-    "in_words",
     "Knob",
     "Method",
     "Budget",
     "Problem",
-    "problem_of",
-    "method_of",
     "Search",
     "search_table",
     "expected_best",
 ]
 
-# %% ../nbs/1_plane/20_search.ipynb #d731af7b
+# %% ../nbs/1_plane/20_search.ipynb #2ed9253b
 import hashlib
 import json
 import math
@@ -55,7 +35,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/1_plane/20_search.ipynb #d02c8a12
+# %% ../nbs/1_plane/20_search.ipynb #52e5013f
 from .config import Config, load_config
 from .core import InputError, build, describe, unknown
 from .distributions import law_of
@@ -77,7 +57,16 @@ from .solution import rms
 from .training import Diverged, generator_of
 
 
-# %% ../nbs/1_plane/20_search.ipynb #d67cd87a
+# %% ../nbs/1_plane/20_search.ipynb #ac07e435
+def in_words(value: Any) -> str:
+    "A value of a knob in a line of print."
+    if isinstance(value, dict):
+        options = [f"{key} {own:g}" for key, own in value.items() if key != "name"]
+        return f"{value['name']} ({', '.join(options)})"
+    return str(value)
+
+
+# %% ../nbs/1_plane/20_search.ipynb #a5f0c85d
 @dataclass(frozen=True)
 class LogUniform:
     "A number between two bounds whose logarithm is uniform, to three digits."
@@ -108,15 +97,7 @@ class Choice:
         return "one of " + ", ".join(in_words(value) for value in self.values)
 
 
-def in_words(value: Any) -> str:
-    "A value of a knob in a line of print."
-    if isinstance(value, dict):
-        options = [f"{key} {own:g}" for key, own in value.items() if key != "name"]
-        return f"{value['name']} ({', '.join(options)})"
-    return str(value)
-
-
-# %% ../nbs/1_plane/20_search.ipynb #978ce35f
+# %% ../nbs/1_plane/20_search.ipynb #3954dd9d
 @dataclass(frozen=True)
 class Knob:
     "What a search may turn: a place in the configuration, and the law of its value."
@@ -131,7 +112,7 @@ class Knob:
         return self.law.draw(generator_of(seed, number))
 
 
-# %% ../nbs/1_plane/20_search.ipynb #9080a45c
+# %% ../nbs/1_plane/20_search.ipynb #db0aa364
 def turned(
     given: dict[str, Any],  # a description, or the fields of a configuration
     whole: dict[str, Any],  # the same with all that it leaves to defaults
@@ -150,7 +131,7 @@ def turned(
     return given | {first: value}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #741c6510
+# %% ../nbs/1_plane/20_search.ipynb #671aa983
 @dataclass(frozen=True)
 class Method:
     "An objective, with what may be turned in its search."
@@ -184,20 +165,22 @@ class Method:
         return Setting(self.label, changes, answer=self.answer)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #14b7ca95
+# %% ../nbs/1_plane/20_search.ipynb #4fddf1e4
 CORNERS = ({"name": "corner", "corner": 0.1}, {"name": "corner", "corner": 0.3})
 WEIGHTS = ((0.0, 0.01), (0.5, 0.1), (0.5, 1.0), (1.0, 1.0))
+LAM = Knob("objective.lam", Choice((0.25, 0.33, 0.5, 0.67, 0.8)))
+TIMES = Knob("objective.times", Choice(("uniform", *CORNERS)))
+
+# %% ../nbs/1_plane/20_search.ipynb #f293326d
 COMMON = (
     Knob("learning_rate", LogUniform(1e-3, 1e-2)),
     Knob("batch", Choice((256, 512, 768))),
     Knob("clip", Choice((0.0, 1.0))),
     Knob("objective.p, objective.eps", Choice(WEIGHTS)),
 )
-LAM = Knob("objective.lam", Choice((0.25, 0.33, 0.5, 0.67, 0.8)))
-TIMES = Knob("objective.times", Choice(("uniform", *CORNERS)))
 SHARED = (*COMMON, LAM, TIMES)
 
-# %% ../nbs/1_plane/20_search.ipynb #8f7349fb
+# %% ../nbs/1_plane/20_search.ipynb #b7598080
 R_INIT = Knob("objective.schedule.r_init", LogUniform(0.1, 1.0))
 R_END = Knob("objective.schedule.r_end", LogUniform(0.005, 0.2))
 GRID = Knob("objective.grid", Choice(((4, 32), (8, 64), (8, 128), (16, 256))))
@@ -206,12 +189,15 @@ JUMPS = Knob("objective.jumps", Choice((1, 3)))
 STEP = Knob("objective.step", LogUniform(0.01, 0.2))
 WEIGHT = Knob("objective.velocity_weight", Choice(((1.0, 1.0), (0.5, 0.5), (0.5, 0.1))))
 
-# %% ../nbs/1_plane/20_search.ipynb #1c87c409
+# %% ../nbs/1_plane/20_search.ipynb #a5206188
 SOFLOW = {"name": "soflow", "schedule": exponential(0.3, 0.02)}
 PROGRESSIVE = {"name": "semigroup"}
 BY_STEPS = {"name": "lagrangian_steps"}
 AHEAD = (*SHARED, R_INIT, R_END)
 JUMPING = (*SHARED, JUMPS, WEIGHT)
+BATCH = {"target": "batch"}
+
+# %% ../nbs/1_plane/20_search.ipynb #90ff1732
 METHODS = {
     "soflow": Method("SoFlow", SOFLOW, AHEAD),
     "meanflow": Method("MeanFlow", {"name": "meanflow"}, SHARED),
@@ -233,8 +219,7 @@ METHODS = {
     "lagrangian_steps": Method("Lagrangian by differences", BY_STEPS, (*SHARED, STEP)),
 }
 
-# %% ../nbs/1_plane/20_search.ipynb #2485e93d
-BATCH = {"target": "batch"}
+# %% ../nbs/1_plane/20_search.ipynb #d3a68e0c
 METHODS |= {
     "soflow_batch": Method("SoFlow, mini-batch", SOFLOW | BATCH, AHEAD),
     "meanflow_batch": Method(
@@ -249,7 +234,7 @@ METHODS |= {
 }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #27dc0de3
+# %% ../nbs/1_plane/20_search.ipynb #e311b132
 @dataclass(frozen=True)
 class Budget:
     """What a method may spend; all methods of a comparison have the same.
@@ -275,7 +260,7 @@ class Budget:
             raise InputError(message)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #4b4e4614
+# %% ../nbs/1_plane/20_search.ipynb #e411ac3c
 @dataclass(frozen=True)
 class Problem:
     "What is learned, from which configuration, at which cost."
@@ -293,6 +278,7 @@ class Problem:
 PROBLEMS = {"plane": Problem("eight_gaussians")}
 
 
+# %% ../nbs/1_plane/20_search.ipynb #830306bb
 def problem_of(name: str) -> Problem:
     "The problem of a name. Raises InputError if there is none."
     if name not in PROBLEMS:
@@ -307,7 +293,7 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-# %% ../nbs/1_plane/20_search.ipynb #56d635de
+# %% ../nbs/1_plane/20_search.ipynb #374de4c2
 @cache
 def noise_and_truth(
     data: str,  # name of the data
@@ -333,7 +319,7 @@ def errors_of(
     return errors
 
 
-# %% ../nbs/1_plane/20_search.ipynb #35aa0d4b
+# %% ../nbs/1_plane/20_search.ipynb #3601a603
 NO_NUMBER = re.compile(r"The loss is -?(nan|inf) at step")
 
 
@@ -353,7 +339,7 @@ def failure(message: str, seconds: float) -> dict[str, Any]:
     }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #5deb245d
+# %% ../nbs/1_plane/20_search.ipynb #ccf73d82
 @cache
 def warm_up(where: str, method: str) -> None:
     "Two steps that no budget pays for: torch loads much of itself at its first use."
@@ -363,7 +349,7 @@ def warm_up(where: str, method: str) -> None:
     run_setting(setting, problem.config(None, 2), law_of(problem.data))
 
 
-# %% ../nbs/1_plane/20_search.ipynb #7558eda4
+# %% ../nbs/1_plane/20_search.ipynb #fedda180
 @dataclass(frozen=True)
 class Place:
     "The place of a training in a search."
@@ -397,7 +383,7 @@ class Place:
         }
 
 
-# %% ../nbs/1_plane/20_search.ipynb #c3586710
+# %% ../nbs/1_plane/20_search.ipynb #d5eb90db
 @dataclass(frozen=True)
 class Trial(Place):
     "One training of a search."
@@ -421,7 +407,7 @@ class Trial(Place):
         return self.key | took | {"relative_rmse": errors}
 
 
-# %% ../nbs/1_plane/20_search.ipynb #d798a10f
+# %% ../nbs/1_plane/20_search.ipynb #a6405268
 def one_step(row: dict[str, Any]) -> float:
     "The error in one step; that of a failed training is infinite."
     error = row["relative_rmse"][0]
@@ -448,7 +434,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
     return sorted(finite, key=lambda draw: means[draw])
 
 
-# %% ../nbs/1_plane/20_search.ipynb #36525bcb
+# %% ../nbs/1_plane/20_search.ipynb #295ff285
 @dataclass(frozen=True)
 class Asked:
     "Which search is asked for."
@@ -480,7 +466,7 @@ class Asked:
         return " ".join(words)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #782a7ad2
+# %% ../nbs/1_plane/20_search.ipynb #7e6fa11a
 @dataclass(frozen=True)
 class Plan(Asked):
     "The trials of the search of one method."
@@ -514,7 +500,7 @@ class Plan(Asked):
         return len(list(self.trials(rows))) == len(rows)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #85d14a40
+# %% ../nbs/1_plane/20_search.ipynb #da22c0ec
 @dataclass(frozen=True)
 class Search(Plan):
     "The search of one method, whose rows stand in a file of a folder."
@@ -546,7 +532,7 @@ class Search(Plan):
         return rows
 
 
-# %% ../nbs/1_plane/20_search.ipynb #abc788aa
+# %% ../nbs/1_plane/20_search.ipynb #38ed466a
 def searches_of(
     methods: Iterable[str],
     where: str,  # name of the problem
@@ -564,7 +550,7 @@ def searches_of(
     return searches
 
 
-# %% ../nbs/1_plane/20_search.ipynb #b5c53a4d
+# %% ../nbs/1_plane/20_search.ipynb #bf3fad86
 def result_line(
     label: str,
     rows: list[dict[str, Any]],  # of one stage
@@ -588,7 +574,7 @@ def result_table(
     return "\n".join(lines)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #a81df7f6
+# %% ../nbs/1_plane/20_search.ipynb #f645b5cb
 def search_table(
     searches: dict[str, list[dict[str, Any]]],  # all rows of complete searches
 ) -> str:
@@ -606,7 +592,7 @@ def search_table(
     return "\n\n".join(parts)
 
 
-# %% ../nbs/1_plane/20_search.ipynb #a467577f
+# %% ../nbs/1_plane/20_search.ipynb #954be914
 def verdict(
     these: list[float],  # errors of the seeds of one method
     those: list[float],  # of another
@@ -619,7 +605,7 @@ def verdict(
     return "not separated"
 
 
-# %% ../nbs/1_plane/20_search.ipynb #0c29580a
+# %% ../nbs/1_plane/20_search.ipynb #e7ff322c
 def expected_best(
     errors: Iterable[float],  # of N draws; infinite where one has failed
     n: int,  # draws that one could afford
