@@ -76,6 +76,19 @@ def test_rows_are_written_as_they_come_and_gone_on_with(tmp_path, monkeypatch, q
     assert f"{rows[1]['relative_rmse'][0]:.3f}" in table
 
 
+def test_a_second_bench_at_the_same_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives.Job, "run", lambda job: job.key)
+    path = tmp_path / "rows.json"
+    todo = jobs("objectives", seeds=1)
+    running = bench(path, todo)
+    next(running)
+    assert "rows.json cannot be written now" in complaint(next, bench(path, todo))
+    assert len(read_rows(path)) == 1
+    running.close()
+    assert len(list(bench(path, todo))) == len(todo)
+    assert [found.name for found in tmp_path.iterdir()] == ["rows.json"]
+
+
 def test_steps_make_a_bench_that_can_be_repeated(tmp_path, quick):
     "The same steps give the same numbers to the last digit."
     study = ("objectives", ["two_gaussians"], ["semigroup"])
