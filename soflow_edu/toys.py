@@ -115,18 +115,21 @@ def points(
 
 
 # %% ../nbs/1_plane/02_toys.ipynb #35d94f89
-def seed_of(generator: torch.Generator) -> int:
-    "An integer seed for a library that does not know torch generators."
-    return int(torch.randint(2**31 - 1, (1,), generator=generator))
+FINE = 20_000  # points of a curve from which is drawn
 
 
-# %% ../nbs/1_plane/02_toys.ipynb #93e932ab
-def shuffled(x, y, n: int, generator: torch.Generator) -> Labelled:
-    "The first n points in random order, as float32 points and integer labels."
-    order = torch.randperm(len(x), generator=generator)[:n]
-    points = torch.as_tensor(x, dtype=torch.float32)
-    labels = torch.as_tensor(y).long()
-    return points[order], labels[order]
+def from_curve(
+    curve: Any,  # (FINE, 2) points, each as likely as another
+    classes: Any,  # (FINE,) their classes
+    noise: float,  # standard deviation of each coordinate
+    n: int,
+    generator: torch.Generator,
+) -> Labelled:
+    "Points of a curve with noise; each is drawn for itself, and so is its class."
+    place = torch.randint(len(curve), (n,), generator=generator)
+    around = noise * torch.randn(n, 2, generator=generator)
+    points = torch.as_tensor(curve, dtype=torch.float32)[place]
+    return points + around, torch.as_tensor(classes).long()[place]
 
 
 # %% ../nbs/1_plane/02_toys.ipynb #7aecbe12
@@ -135,10 +138,9 @@ def two_moons(n: int, generator: torch.Generator) -> Labelled:
     "Two half circles that face each other (scikit-learn), scaled to radius 1.5."
     from sklearn.datasets import make_moons
 
-    seed = seed_of(generator)
-    moons: Any = make_moons(n + n % 2, noise=0.06, random_state=seed)
-    x, y = moons
-    return shuffled(1.5 * (x - [0.5, 0.25]), y, n, generator)
+    moons: Any = make_moons(FINE, shuffle=False)
+    curve, classes = moons
+    return from_curve(1.5 * (curve - [0.5, 0.25]), classes, 0.09, n, generator)
 
 
 # %% ../nbs/1_plane/02_toys.ipynb #e52003bd
@@ -147,9 +149,8 @@ def circles(n: int, generator: torch.Generator) -> Labelled:
     "Two concentric circles of radius 2 and 1 (scikit-learn)."
     from sklearn.datasets import make_circles
 
-    seed = seed_of(generator)
-    x, y = make_circles(n + n % 2, noise=0.03, factor=0.5, random_state=seed)
-    return shuffled(2 * x, y, n, generator)
+    curve, classes = make_circles(FINE, factor=0.5, shuffle=False)
+    return from_curve(2 * curve, classes, 0.06, n, generator)
 
 
 # %% ../nbs/1_plane/02_toys.ipynb #9d0779a9
@@ -158,9 +159,10 @@ def swiss_roll(n: int, generator: torch.Generator) -> Labelled:
     "The Swiss roll seen from its side (scikit-learn), scaled into a disc of radius 2."
     from sklearn.datasets import make_swiss_roll
 
-    x, _ = make_swiss_roll(n, noise=0.3, random_state=seed_of(generator))
-    side = x[:, [0, 2]] / 7
-    return shuffled(side, torch.zeros(n), n, generator)
+    seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
+    x, _ = make_swiss_roll(n, noise=0.3, random_state=seed)
+    side = torch.as_tensor(x[:, [0, 2]] / 7, dtype=torch.float32)
+    return side, torch.zeros(n).long()
 
 
 # %% ../nbs/1_plane/02_toys.ipynb #907fc6fd
