@@ -43,6 +43,7 @@ from .soflow import (
     SoFlow,
     first_rows,
     hidden,
+    in_float32,
     outputs,
     rows_of,
     total,
@@ -113,15 +114,6 @@ class Lagrangian(SoFlow):
         return weighed(self, mse(slope, v))
 
 
-# %% ../nbs/1_plane/19_family.ipynb #6688d2f1
-def in_float32(model: SolutionModel) -> SolutionModel:
-    "The same network and weights, asked in float32."
-    if model.precision == "float32":
-        return model
-    plain = SolutionModel(model.net, model.path, model.coefficients)
-    return plain.train(model.training)
-
-
 # %% ../nbs/1_plane/19_family.ipynb #faea8fc4
 LEAST_STEP = 0.01  # of time; a shorter one would lose the digits of float32
 
@@ -180,9 +172,9 @@ class LagrangianSteps(Lagrangian):
         "The residual of each row (eq. 1.19.2)."
         if not len(rows.t):
             return RowLoss(rows.t, rows.t)
-        model = in_float32(model)
-        chord, middle = chord_of(model, rows)
-        v = velocity_of_end(model, middle, (rows.s + rows.l) / 2, rows)
+        with in_float32(model, rows.xt) as exact:
+            chord, middle = chord_of(exact, rows)
+            v = velocity_of_end(exact, middle, (rows.s + rows.l) / 2, rows)
         return weighed(self, mse(chord, v))
 
 

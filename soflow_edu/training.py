@@ -918,6 +918,16 @@ def new_length(run: Run, config: Config) -> int:
     return config.steps or 0
 
 
+# %% ../nbs/1_plane/12_training.ipynb #3ce6c379
+def completed(description: Any) -> Any:
+    """A description with all its options, as an older run may lack those that came
+    later; itself if it is that of an object which cannot be built from it."""
+    try:
+        return describe(build("objective", description))
+    except InputError:
+        return description
+
+
 # %% ../nbs/1_plane/12_training.ipynb #8698d466
 def check_resume(run: Run, model: SolutionModel, objective):
     "Raises InputError if a run cannot be gone on with in this way."
@@ -934,7 +944,7 @@ def check_resume(run: Run, model: SolutionModel, objective):
         )
         raise InputError(message)
     given = describe(objective)
-    if given != run.objective:
+    if given != completed(run.objective):
         message = (
             f"The run was trained for {run.objective}, but the objective given is "
             f"{given}. Go on with the same one."

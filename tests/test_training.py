@@ -323,6 +323,17 @@ def test_a_run_is_resumed_only_as_itself(tmp_path):
     assert "same one" in complaint(next, other)
 
 
+def test_a_run_from_before_an_option_existed_goes_on(tmp_path):
+    config = make_config(TWO_STEPS | {"objective": "soflow", "checkpoint_every": 1})
+    law = law_of("two_gaussians")
+    model, objective = assemble(config)
+    stop_after(1, train(model, objective, law, config, out=tmp_path))
+    run = resume_run(tmp_path)
+    for option in ("float32_below", "trained"):
+        del run.objective[option]
+    assert go_on(run, law).steps == 2
+
+
 def test_a_run_without_its_checkpoint_can_be_used_but_not_trained_further(tmp_path):
     config = make_config(TWO_STEPS)
     train_to_end(config, law_of("two_gaussians"), out=tmp_path)
