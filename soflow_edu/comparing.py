@@ -137,7 +137,7 @@ def energy_distance(
 ) -> float:
     """The energy distance of two laws, from a set of each, without bias (eq. 1.7.3).
 
-    Two sets of one law have the mean zero; half of them are negative (Székely and
+    Two sets of one law have the mean zero, so results below zero occur (Székely and
     Rizzo, 2013). Raises InputError for empty sets or points of different shapes."""
     if a.shape[1:] != b.shape[1:] or not len(a) or not len(b):
         message = (
@@ -388,7 +388,8 @@ def transport(c: Comparison, most: int = 1024) -> dict[str, float]:
     """Distances between one-step samples and fresh data, and between two fresh sets.
 
     Each is a mean over four pairs of sets, with NAME_sd, the standard deviation over
-    these; labelled noise is stratified. Empty where the flow knows no data."""
+    these. Samples differ from pair to pair if there are enough, data always do.
+    Labelled noise is stratified. Empty where the flow knows no data."""
     return law_distances(c, most, None if c.y is None else c.y.cpu())
 
 
@@ -397,7 +398,7 @@ def transport(c: Comparison, most: int = 1024) -> dict[str, float]:
 def stratified(c: Comparison, most: int = 1024) -> dict[str, float]:
     """The same as `transport`, with the class counts of the noise on both sides.
 
-    The names begin with stratified_; not a part of `compare` unless asked for."""
+    Names begin with stratified_. `compare` takes it only if it is asked for."""
     found = law_distances(c, most, classes_of(c))
     return {f"stratified_{name}": value for name, value in found.items()}
 

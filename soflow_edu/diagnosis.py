@@ -739,7 +739,7 @@ def there_and_back(view: View, probe: Probe) -> dict[str, float]:
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #430fb737
 def marginals(view: View, probe: Probe, x1) -> dict[str, float]:  # x1 (4 count, ...)
-    "W2 to the law at four times, over its sampling floor; nothing without a law."
+    "W2 to the law at four times, over that of two fresh sets; nothing without one."
     if probe.x0 is None:
         return {}
     n = 2 * probe.count
@@ -747,8 +747,8 @@ def marginals(view: View, probe: Probe, x1) -> dict[str, float]:  # x1 (4 count,
     for s in (0.75, 0.5, 0.25, 0.0):
         law = probe.points(torch.full_like(probe.t, s), 9)
         ends = view.solution(x1, 1.0, s, probe.y)
-        floor = max(wasserstein(law[:n], law[n:]), 1e-12)
-        found[f"law_{s:g}"] = wasserstein(ends[:n], law[:n]) / floor
+        fresh = max(wasserstein(law[:n], law[n:]), 1e-12)
+        found[f"law_{s:g}"] = wasserstein(ends[:n], law[:n]) / fresh
     return found
 
 
@@ -853,7 +853,7 @@ MEASURES = {  # what each measurement says
     "inverse": "there with the map, back with the exact flow",
     "two_jumps": "error of 1 -> 0.5 -> 0 over that of 1 -> 0",
     "spread": "standard deviation of one-step samples over that of the data",
-    "law_0.75": "W2 of f(x1, 1, 0.75) to the law at 0.75, over its floor",
+    "law_0.75": "W2 of f(x1, 1, 0.75) to the law at 0.75; fresh sets: 1",
     "law_0.5": "... at 0.5",
     "law_0.25": "... at 0.25",
     "law_0": "... at 0",
@@ -1530,15 +1530,15 @@ def draw_lengths(ax, m: dict[str, float]):
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #abfe37c6
 def draw_laws(ax, m: dict[str, float]):
-    "W2 to the law at four times, over its sampling floor."
+    "W2 to the law at four times, over that of two fresh sets."
     laws = [name for name in m if name.startswith("law_")]
     values = [m[name] for name in laws]
     ax.plot([float(name[4:]) for name in laws], values)
-    ax.axhline(1, color=COLOURS["grey"], label="floor: two sets of data")
+    ax.axhline(1, color=COLOURS["grey"], label="two fresh sets")
     limit = SOUND_BELOW["law_0"]
     ax.axhline(limit, color=COLOURS["grey"], linestyle="--", label="limit")
     ax.legend(loc="upper left")
-    ax.set(xlabel="time s", title="W2 of f(x1, 1, s) over its floor")
+    ax.set(xlabel="time s", title="W2 of f(x1, 1, s); fresh sets: 1")
     ax.set(xlim=(1, -0.03), ylim=(0, max([4.0, *(1.4 * value for value in values)])))
     if not laws:
         ax.set_axis_off()

@@ -202,7 +202,7 @@ def test_exact_maps_are_sound(name):
     assert found.sound and m["velocity"] < 1e-5, str(found)
     assert m["corner"] < 1e-4 and m["inverse"] < 1e-3
     assert noise_end(View(flow), found.probe) < 1e-4
-    assert all(0.5 < m[law] < 1.6 for law in LAWS)  # W2 over its floor
+    assert all(0.5 < m[law] < 1.6 for law in LAWS)  # W2 over that of fresh sets
 
 
 def test_the_exact_map_of_a_finite_set_is_sound():
