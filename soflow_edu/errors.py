@@ -18,7 +18,7 @@ __all__ = [
     "mode_shares",
 ]
 
-# %% ../nbs/1_plane/22_errors.ipynb #bed0f4aa
+# %% ../nbs/1_plane/22_errors.ipynb #0fb5e4f3
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ from .paths import expand
 from .solution import rms
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #37e4daa5
+# %% ../nbs/1_plane/22_errors.ipynb #1f2ab011
 @torch.no_grad()
 def split_error(
     model: Any,  # a map with a method `velocity`
@@ -48,7 +48,7 @@ def split_error(
     return {name: rms(part) / rms(truth) for name, part in parts.items()}
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #34769228
+# %% ../nbs/1_plane/22_errors.ipynb #ea497c0d
 def fixed_point(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, ...)
@@ -71,7 +71,7 @@ def fixed_point(
     return x - expand(t - s, x) * velocity(x, t)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #bbefef79
+# %% ../nbs/1_plane/22_errors.ipynb #ae0c3f1d
 def eulerian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -89,7 +89,7 @@ def eulerian_residual(
     return both[1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #91436d60
+# %% ../nbs/1_plane/22_errors.ipynb #ec719e06
 def on_exact_path(
     flow: Any,  # the truth, a VelocityField
     x: torch.Tensor,  # (B, D)
@@ -118,7 +118,7 @@ def residuals_on_path(
     return R.view_as(places), times
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #2707b7fb
+# %% ../nbs/1_plane/22_errors.ipynb #6f8b6e00
 def eulerian_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -132,7 +132,7 @@ def eulerian_bound(
     return torch.trapezoid(R.norm(dim=2), -times, dim=0)  # eq. 1.22.3
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #94124b0a
+# %% ../nbs/1_plane/22_errors.ipynb #df4812f7
 def lagrangian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -150,7 +150,7 @@ def lagrangian_residual(
     return slope - velocity(answer, s)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #80c7a580
+# %% ../nbs/1_plane/22_errors.ipynb #2cc6f81b
 def jacobian(
     f: Callable,  # f of points (B, D) -> (B, E), differentiable by torch.func.jvp
     x: torch.Tensor,  # (B, D)
@@ -163,7 +163,7 @@ def jacobian(
     return torch.stack(columns, 2)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #aaf49127
+# %% ../nbs/1_plane/22_errors.ipynb #d3588965
 def parting_rate(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, D)
@@ -179,7 +179,7 @@ def parting_rate(
     return -torch.linalg.eigvalsh(symmetric)[:, 0]  # eq. 1.22.4
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #5c8f1eda
+# %% ../nbs/1_plane/22_errors.ipynb #7ed096fc
 def gronwall(
     residual: torch.Tensor,  # (T, B) lengths of the residual
     rate: torch.Tensor,  # (T, B) or (T, 1) rates at which points part
@@ -193,7 +193,7 @@ def gronwall(
     return torch.trapezoid(residual * growth, -times, dim=0)  # eq. 1.22.5
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #f67d0e71
+# %% ../nbs/1_plane/22_errors.ipynb #3421a7ed
 def rate_between(
     velocity: Callable,  # velocity(x, t)
     a: torch.Tensor,  # (N, D)
@@ -224,7 +224,7 @@ def learned_on_path(
     return answers, rho.norm(dim=1).view_as(times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #7ba0b0a7
+# %% ../nbs/1_plane/22_errors.ipynb #dc1a1ea9
 def lagrangian_bound(
     f: Callable,  # f(x, t, s), with f(x, t, t) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -246,7 +246,7 @@ def lagrangian_bound(
     return gronwall(rho, local.view_as(times), times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #9acb53e0
+# %% ../nbs/1_plane/22_errors.ipynb #e54bce90
 def law_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at 0
@@ -259,7 +259,7 @@ def law_bound(
     return torch.trapezoid(sizes, -times[:, 0]).item()  # eq. 1.22.6
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #46f8b506
+# %% ../nbs/1_plane/22_errors.ipynb #b819a09e
 class MirrorAxis:
     """Points on a mirror axis through the origin, with the logarithm of how far
     neighbours across it have parted."""
@@ -295,7 +295,7 @@ class MirrorAxis:
         return torch.cat([self.onto(v), change @ self.normal[:, None]], 1)  # eq. 1.22.8
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #bb984265
+# %% ../nbs/1_plane/22_errors.ipynb #443d82f1
 def log_stretch(
     flow: Any,  # the truth, whose law is its own mirror image
     x: torch.Tensor,  # (B, D) points on the mirror axis, which runs through the origin
@@ -312,7 +312,7 @@ def log_stretch(
     return integrate(axis, start, t, s, rtol=1e-7).x[:, -1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #4b49eb02
+# %% ../nbs/1_plane/22_errors.ipynb #5bf5f59b
 def least_between(
     share: float,  # p, of samples in one set of modes
     gap: float,  # g, from these modes to the others
@@ -332,7 +332,7 @@ def least_between(
     return (wider - p).item()  # eq. 1.22.9
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #d9c75e6d
+# %% ../nbs/1_plane/22_errors.ipynb #084085c8
 def mode_shares(
     x: torch.Tensor,  # (n, D)
     law: GaussianMixture,  # whose components are the modes
