@@ -18,7 +18,7 @@ __all__ = [
     "mode_shares",
 ]
 
-# %% ../nbs/1_plane/22_errors.ipynb #0fb5e4f3
+# %% ../nbs/1_plane/22_errors.ipynb #69030183
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ from .paths import expand
 from .solution import rms
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #1f2ab011
+# %% ../nbs/1_plane/22_errors.ipynb #1c33dc0b
 @torch.no_grad()
 def split_error(
     model: Any,  # a map with a method `velocity`
@@ -48,7 +48,7 @@ def split_error(
     return {name: rms(part) / rms(truth) for name, part in parts.items()}
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #ea497c0d
+# %% ../nbs/1_plane/22_errors.ipynb #7ffeb3cb
 def fixed_point(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, ...)
@@ -71,7 +71,7 @@ def fixed_point(
     return x - expand(t - s, x) * velocity(x, t)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #ae0c3f1d
+# %% ../nbs/1_plane/22_errors.ipynb #e75b0383
 def eulerian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -89,7 +89,7 @@ def eulerian_residual(
     return both[1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #ec719e06
+# %% ../nbs/1_plane/22_errors.ipynb #f8690089
 def on_exact_path(
     flow: Any,  # the truth, a VelocityField
     x: torch.Tensor,  # (B, D)
@@ -118,7 +118,7 @@ def residuals_on_path(
     return R.view_as(places), times
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #6f8b6e00
+# %% ../nbs/1_plane/22_errors.ipynb #6c94e362
 def eulerian_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -132,7 +132,7 @@ def eulerian_bound(
     return torch.trapezoid(R.norm(dim=2), -times, dim=0)  # eq. 1.22.3
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #df4812f7
+# %% ../nbs/1_plane/22_errors.ipynb #f9eef848
 def lagrangian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -150,7 +150,7 @@ def lagrangian_residual(
     return slope - velocity(answer, s)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #2cc6f81b
+# %% ../nbs/1_plane/22_errors.ipynb #75086c39
 def jacobian(
     f: Callable,  # f of points (B, D) -> (B, E), differentiable by torch.func.jvp
     x: torch.Tensor,  # (B, D)
@@ -163,7 +163,7 @@ def jacobian(
     return torch.stack(columns, 2)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #d3588965
+# %% ../nbs/1_plane/22_errors.ipynb #bd5509a2
 def parting_rate(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, D)
@@ -179,7 +179,7 @@ def parting_rate(
     return -torch.linalg.eigvalsh(symmetric)[:, 0]  # eq. 1.22.4
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #7ed096fc
+# %% ../nbs/1_plane/22_errors.ipynb #f86290bd
 def gronwall(
     residual: torch.Tensor,  # (T, B) lengths of the residual
     rate: torch.Tensor,  # (T, B) or (T, 1) rates at which points part
@@ -193,7 +193,7 @@ def gronwall(
     return torch.trapezoid(residual * growth, -times, dim=0)  # eq. 1.22.5
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #3421a7ed
+# %% ../nbs/1_plane/22_errors.ipynb #7449d215
 def rate_between(
     velocity: Callable,  # velocity(x, t)
     a: torch.Tensor,  # (N, D)
@@ -224,7 +224,7 @@ def learned_on_path(
     return answers, rho.norm(dim=1).view_as(times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #dc1a1ea9
+# %% ../nbs/1_plane/22_errors.ipynb #65896848
 def lagrangian_bound(
     f: Callable,  # f(x, t, s), with f(x, t, t) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -246,7 +246,7 @@ def lagrangian_bound(
     return gronwall(rho, local.view_as(times), times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #e54bce90
+# %% ../nbs/1_plane/22_errors.ipynb #f79f887b
 def law_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at 0
@@ -259,7 +259,7 @@ def law_bound(
     return torch.trapezoid(sizes, -times[:, 0]).item()  # eq. 1.22.6
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #b819a09e
+# %% ../nbs/1_plane/22_errors.ipynb #6d9e20a0
 class MirrorAxis:
     """Points on a mirror axis through the origin, with the logarithm of how far
     neighbours across it have parted."""
@@ -295,7 +295,7 @@ class MirrorAxis:
         return torch.cat([self.onto(v), change @ self.normal[:, None]], 1)  # eq. 1.22.8
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #443d82f1
+# %% ../nbs/1_plane/22_errors.ipynb #dfddaa8a
 def log_stretch(
     flow: Any,  # the truth, whose law is its own mirror image
     x: torch.Tensor,  # (B, D) points on the mirror axis, which runs through the origin
@@ -312,7 +312,7 @@ def log_stretch(
     return integrate(axis, start, t, s, rtol=1e-7).x[:, -1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #5bf5f59b
+# %% ../nbs/1_plane/22_errors.ipynb #1bf3ff54
 def least_between(
     share: float,  # p, of samples in one set of modes
     gap: float,  # g, from these modes to the others
@@ -332,7 +332,7 @@ def least_between(
     return (wider - p).item()  # eq. 1.22.9
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #084085c8
+# %% ../nbs/1_plane/22_errors.ipynb #df67c33c
 def mode_shares(
     x: torch.Tensor,  # (n, D)
     law: GaussianMixture,  # whose components are the modes

@@ -101,6 +101,7 @@ def test_the_eulerian_bound_of_a_steady_fault_is_its_error(times):
     bound = eulerian_bound(drifting, flow, noise(), *times)
     error = 0.5 * (times[0] - times[1])
     torch.testing.assert_close(bound, torch.full_like(bound, error))
+    assert law_bound(drifting, flow, noise()) == pytest.approx(0.5)
 
 
 def test_a_rate_for_all_points_is_used_as_it_is():
