@@ -13,12 +13,13 @@ __all__ = [
     "parting_rate",
     "lagrangian_bound",
     "law_bound",
+    "log_stretch_between_two",
     "log_stretch",
     "least_between",
     "mode_shares",
 ]
 
-# %% ../nbs/1_plane/22_errors.ipynb #69030183
+# %% ../nbs/1_plane/22_errors.ipynb #1118099f
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ from .paths import expand
 from .solution import rms
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #1c33dc0b
+# %% ../nbs/1_plane/22_errors.ipynb #8a6e6516
 @torch.no_grad()
 def split_error(
     model: Any,  # a map with a method `velocity`
@@ -48,7 +49,7 @@ def split_error(
     return {name: rms(part) / rms(truth) for name, part in parts.items()}
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #7ffeb3cb
+# %% ../nbs/1_plane/22_errors.ipynb #7b3cea27
 def fixed_point(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, ...)
@@ -71,7 +72,7 @@ def fixed_point(
     return x - expand(t - s, x) * velocity(x, t)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #e75b0383
+# %% ../nbs/1_plane/22_errors.ipynb #fd4de3cc
 def eulerian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -89,7 +90,7 @@ def eulerian_residual(
     return both[1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #f8690089
+# %% ../nbs/1_plane/22_errors.ipynb #33cf3bc3
 def on_exact_path(
     flow: Any,  # the truth, a VelocityField
     x: torch.Tensor,  # (B, D)
@@ -118,7 +119,7 @@ def residuals_on_path(
     return R.view_as(places), times
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #6c94e362
+# %% ../nbs/1_plane/22_errors.ipynb #e2f32008
 def eulerian_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -132,7 +133,7 @@ def eulerian_bound(
     return torch.trapezoid(R.norm(dim=2), -times, dim=0)  # eq. 1.22.3
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #f9eef848
+# %% ../nbs/1_plane/22_errors.ipynb #631d1a42
 def lagrangian_residual(
     f: Callable,  # f(x, t, s), differentiable by torch.func.jvp
     velocity: Callable,  # velocity(x, t)
@@ -150,7 +151,7 @@ def lagrangian_residual(
     return slope - velocity(answer, s)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #75086c39
+# %% ../nbs/1_plane/22_errors.ipynb #061b5873
 def jacobian(
     f: Callable,  # f of points (B, D) -> (B, E), differentiable by torch.func.jvp
     x: torch.Tensor,  # (B, D)
@@ -163,7 +164,7 @@ def jacobian(
     return torch.stack(columns, 2)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #bd5509a2
+# %% ../nbs/1_plane/22_errors.ipynb #fb45d9cd
 def parting_rate(
     velocity: Callable,  # velocity(x, t)
     x: torch.Tensor,  # (B, D)
@@ -179,7 +180,7 @@ def parting_rate(
     return -torch.linalg.eigvalsh(symmetric)[:, 0]  # eq. 1.22.4
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #f86290bd
+# %% ../nbs/1_plane/22_errors.ipynb #7dca3e01
 def gronwall(
     residual: torch.Tensor,  # (T, B) lengths of the residual
     rate: torch.Tensor,  # (T, B) or (T, 1) rates at which points part
@@ -193,7 +194,7 @@ def gronwall(
     return torch.trapezoid(residual * growth, -times, dim=0)  # eq. 1.22.5
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #7449d215
+# %% ../nbs/1_plane/22_errors.ipynb #8895822a
 def rate_between(
     velocity: Callable,  # velocity(x, t)
     a: torch.Tensor,  # (N, D)
@@ -224,7 +225,7 @@ def learned_on_path(
     return answers, rho.norm(dim=1).view_as(times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #65896848
+# %% ../nbs/1_plane/22_errors.ipynb #02604af9
 def lagrangian_bound(
     f: Callable,  # f(x, t, s), with f(x, t, t) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at s
@@ -246,7 +247,7 @@ def lagrangian_bound(
     return gronwall(rho, local.view_as(times), times)
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #f79f887b
+# %% ../nbs/1_plane/22_errors.ipynb #4aa28bbb
 def law_bound(
     f: Callable,  # f(x, t, s), with f(x, s, s) = x, differentiable by torch.func.jvp
     flow: Any,  # the truth, with a density at 0
@@ -259,7 +260,16 @@ def law_bound(
     return torch.trapezoid(sizes, -times[:, 0]).item()  # eq. 1.22.6
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #6d9e20a0
+# %% ../nbs/1_plane/22_errors.ipynb #08cdcdb0
+def log_stretch_between_two(
+    distance: float,  # d, of the means of two equal Gaussians
+    std: float,  # sigma, of each
+) -> float:
+    "The natural logarithm of the exact map's stretch on their border (eq. 1.22.7)."
+    return math.log(std) + distance**2 / (8 * std**2)  # eq. 1.22.7
+
+
+# %% ../nbs/1_plane/22_errors.ipynb #bdb1ca73
 class MirrorAxis:
     """Points on a mirror axis through the origin, with the logarithm of how far
     neighbours across it have parted."""
@@ -295,7 +305,7 @@ class MirrorAxis:
         return torch.cat([self.onto(v), change @ self.normal[:, None]], 1)  # eq. 1.22.8
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #dfddaa8a
+# %% ../nbs/1_plane/22_errors.ipynb #5c550a19
 def log_stretch(
     flow: Any,  # the truth, whose law is its own mirror image
     x: torch.Tensor,  # (B, D) points on the mirror axis, which runs through the origin
@@ -312,7 +322,7 @@ def log_stretch(
     return integrate(axis, start, t, s, rtol=1e-7).x[:, -1]
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #1bf3ff54
+# %% ../nbs/1_plane/22_errors.ipynb #dca5b3d1
 def least_between(
     share: float,  # p, of samples in one set of modes
     gap: float,  # g, from these modes to the others
@@ -332,7 +342,7 @@ def least_between(
     return (wider - p).item()  # eq. 1.22.9
 
 
-# %% ../nbs/1_plane/22_errors.ipynb #df67c33c
+# %% ../nbs/1_plane/22_errors.ipynb #04a74440
 def mode_shares(
     x: torch.Tensor,  # (n, D)
     law: GaussianMixture,  # whose components are the modes

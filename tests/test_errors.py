@@ -17,6 +17,7 @@ from soflow_edu.errors import (
     law_bound,
     least_between,
     log_stretch,
+    log_stretch_between_two,
     mode_shares,
     parting_rate,
     split_error,
@@ -202,7 +203,7 @@ def test_stretch_is_the_ratio_of_densities_for_every_path(path, ratio):
     law = GaussianMixture(torch.stack([-half, half]), torch.full((2,), 0.2))
     flow = ExactFlow(law, path)
     logs = log_stretch(flow, torch.cat([along, -2 * along]), across)
-    closed = math.log(0.2) + ratio**2 / 8
+    closed = log_stretch_between_two(0.2 * ratio, 0.2)
     assert logs.tolist() == pytest.approx([closed, closed], abs=1e-3)
 
 
