@@ -100,7 +100,8 @@ def write_figure(path: Path, report: "Report") -> None:
 # %% ../nbs/4_practice/02_command_line.ipynb #6b9ed0b9
 FOOTNOTE = (
     "relative_rmse is the RMS of f(x1, 1, 0) - exact over the RMS of exact; "
-    "w2_floor is the distance of two sets of fresh data."
+    "w2_fresh is the distance of two sets of fresh data; ± is the standard deviation "
+    "over repeats."
 )
 
 
