@@ -195,9 +195,8 @@ class Shortcut(Semigroup):
     def draw(self, batch: Batch, progress: float, generator: torch.Generator) -> Draws:
         "Times, noise and hidden labels of one step."
         batch = first_rows(batch, self.trained)
-        B = len(batch.x0)
-        n = int(self.lam * B)
-        t, s = self.dyadic(B - n, generator)
+        n = int(self.lam * len(batch.x0))
+        t, s = self.dyadic(len(batch.x0) - n, generator)
         t_short, s_short = self.shortest(n, generator)
         return Draws(
             noise_like(batch.x0, generator),
