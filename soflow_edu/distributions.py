@@ -739,8 +739,8 @@ def law_of(
 
     A toy that is a mixture is itself; another toy is a finite set of `count` points
     drawn from it, of which a description may say both; pictures are the set that they
-    are, and a problem (chapter *dimensions*) is its law. Raises InputError for an unknown name or option, and for data that no name
-    tells."""
+    are, and a problem is its law (chapter *dimensions*). Raises InputError for an
+    unknown name or option, and for data that no name tells."""
     options = {"name": data} if isinstance(data, str) else dict(data or {})
     name: Any = options.pop("name", None)
     for kind in ("pictures", "problem"):
