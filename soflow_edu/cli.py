@@ -299,6 +299,7 @@ def check_row(folder: str, asked: tuple[str, str, int], steps: int) -> None:
         sys.exit(1)
 
 
+# %% ../nbs/4_practice/02_command_line.ipynb #05274839
 def bench_dimensions(
     entries: tuple[str, ...] = (),
     problems: tuple[str, ...] = (),
