@@ -27,7 +27,7 @@ __all__ = [
     "growth",
 ]
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a8366553
+# %% ../nbs/1_plane/23_dimensions.ipynb #41ddba61
 import hashlib
 import json
 import math
@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #731427e0
+# %% ../nbs/1_plane/23_dimensions.ipynb #adc649df
 from .config import (
     Config,
     cache_root,
@@ -84,7 +84,7 @@ from .solution import check_span, rms
 from .training import generator_of
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #892c235c
+# %% ../nbs/1_plane/23_dimensions.ipynb #1bb74334
 def turned(
     z: torch.Tensor,  # (K, B, D)
     planes: torch.Tensor,  # (K, D, r) orthonormal columns
@@ -93,7 +93,7 @@ def turned(
     return torch.baddbmm(z, z @ planes, planes.mT, alpha=-2)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #52dc94ad
+# %% ../nbs/1_plane/23_dimensions.ipynb #9e832084
 def checked_planes(planes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     "The planes. Raises InputError unless each has orthonormal columns."
     fits = planes.ndim == 3 and planes.shape[:2] == means.shape
@@ -110,7 +110,7 @@ def checked_planes(planes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     return planes
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #48e59011
+# %% ../nbs/1_plane/23_dimensions.ipynb #f4eb06d0
 class OwnAxes(Distribution):
     "Gaussians with their axes, and samples of them."
 
@@ -142,7 +142,7 @@ class OwnAxes(Distribution):
         return (self.means[k] + x).float(), self.labels[k]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #10d12cef
+# %% ../nbs/1_plane/23_dimensions.ipynb #4625a356
 def axis_logits(
     e: torch.Tensor,  # (K, B, D) queries in the axes of each component
     S: torch.Tensor,  # (K, B, D) variances there
@@ -157,7 +157,7 @@ def axis_logits(
     return of_class(logits, labels, y) - log_class_weight(weights, labels, y)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #865c6bb0
+# %% ../nbs/1_plane/23_dimensions.ipynb #c277b498
 class TurnedMixture(OwnAxes):
     """A mixture of Gaussians, each with widths along axes of its own (eq. 1.23.1).
 
@@ -192,7 +192,7 @@ class TurnedMixture(OwnAxes):
         return axis_logits(e, S, weights, self.labels, None).argmax(1)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #c3da8446
+# %% ../nbs/1_plane/23_dimensions.ipynb #f1430f00
 DRAWS = 10_000  # after which no place for another centre is looked for
 
 
@@ -214,7 +214,7 @@ def centres(
     raise InputError(message)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #81273b82
+# %% ../nbs/1_plane/23_dimensions.ipynb #1e7ac23c
 def random_mixture(
     D: int,  # dimension, 2 or more
     K: int = 8,  # components
@@ -245,7 +245,7 @@ def random_mixture(
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #5b8f61e3
+# %% ../nbs/1_plane/23_dimensions.ipynb #55851d72
 @dataclass(frozen=True)
 class Problem:
     "A law whose exact flow is known; where labels are given, that of each class."
@@ -274,7 +274,7 @@ def mixture_problem(
     return Problem(name, D, K, separation, classes)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #4a9c7c66
+# %% ../nbs/1_plane/23_dimensions.ipynb #3a321d61
 MIXTURES = [
     mixture_problem("mixture-2", 2),
     mixture_problem("mixture-8", 8),
@@ -292,7 +292,7 @@ LABELLED = [
 ]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #1a5eac66
+# %% ../nbs/1_plane/23_dimensions.ipynb #cb0efc9e
 @register("problem", "digits-64")
 def digits_problem() -> Distribution:
     "Scikit-learn's handwritten digits of 8 x 8 pixels, as points in [-1, 1]."
@@ -302,7 +302,7 @@ def digits_problem() -> Distribution:
     return FiniteSet(torch.as_tensor(raw.data / 8 - 1).float(), raw.target)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a5b616d0
+# %% ../nbs/1_plane/23_dimensions.ipynb #84438958
 PATCHES = 2048
 PHOTOGRAPHS = {"name": "cifar10", "source": "root", "count": PATCHES}
 
@@ -329,13 +329,13 @@ def patches_problem() -> Distribution:
     return FiniteSet(patches.movedim(3, 1).flatten(1))
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #440932e8
+# %% ../nbs/1_plane/23_dimensions.ipynb #cb00b44c
 SETS = [Problem("digits-64", 64, 1797), Problem("patches-192", 192, PATCHES)]
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem for problem in MIXTURES + LABELLED + SETS
 }
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #9dbd7994
+# %% ../nbs/1_plane/23_dimensions.ipynb #282582ce
 TRUTH_SEED = 20260  # of the noises
 NOISES = 1024
 
@@ -352,7 +352,7 @@ def labels_asked(
     return law.sample(n, generator_of(TRUTH_SEED, 1, stream=stream))[1]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #78a22fad
+# %% ../nbs/1_plane/23_dimensions.ipynb #d23d3dd9
 def numbers_of(law: Any) -> list[torch.Tensor]:
     "The numbers of a law that tell it from others, without rounding errors."
     if isinstance(law, FiniteSet):
@@ -372,7 +372,7 @@ def mark_of(law: Any, asked: dict[str, Any]) -> str:
     return found.hexdigest()[:12]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #efc777bb
+# %% ../nbs/1_plane/23_dimensions.ipynb #4fb6e439
 @dataclass
 class Truth:
     "Where the exact flow leads some noises."
@@ -383,7 +383,7 @@ class Truth:
     mark: str  # of the law and of what was asked
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #767e68fa
+# %% ../nbs/1_plane/23_dimensions.ipynb #f35f8f67
 def read_ends(
     file: Path,
     shape: torch.Size,  # (n, D)
@@ -407,7 +407,7 @@ def write_ends(file: Path, x0: torch.Tensor) -> None:
         save_file({"x0": x0}, temporary)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #944dea93
+# %% ../nbs/1_plane/23_dimensions.ipynb #bff781b8
 def truth_of(
     name: str,  # of a problem, or of any data that `law_of` knows
     n: int = NOISES,
@@ -432,7 +432,7 @@ def truth_of(
     return Truth(x1, y, x0, mark)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #65f1b526
+# %% ../nbs/1_plane/23_dimensions.ipynb #945e3ae5
 def gaussian_flow(
     z: torch.Tensor,  # (n, D) x - alpha_t m in the eigenvectors
     values: torch.Tensor,  # (D,) eigenvalues
@@ -446,7 +446,7 @@ def gaussian_flow(
     return (after / before).sqrt() * z  # eq. 1.23.4
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #963016f6
+# %% ../nbs/1_plane/23_dimensions.ipynb #ff235c14
 class GaussianMap:
     """The exact flow of one Gaussian for each class on the linear path (eq. 1.23.4).
 
@@ -486,7 +486,7 @@ class GaussianMap:
         return self.path.alpha(s) * m + moved @ axes.T
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #93a51a04
+# %% ../nbs/1_plane/23_dimensions.ipynb #be34d025
 class Still:
     "The map that returns its input."
 
@@ -500,7 +500,7 @@ def fit_still(law: Distribution, config: Config, classes: int) -> Still:
     return Still()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #2301a2a5
+# %% ../nbs/1_plane/23_dimensions.ipynb #fc12420c
 def fit_gaussian(law: Distribution, config: Config, classes: int) -> GaussianMap:
     "One Gaussian for each class, from the samples that a training would see."
     assert config.steps is not None
@@ -521,7 +521,7 @@ def fit_gaussian(law: Distribution, config: Config, classes: int) -> GaussianMap
     return GaussianMap(means, square - means[:, :, None] * means[:, None])
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #17741f50
+# %% ../nbs/1_plane/23_dimensions.ipynb #f444893c
 WIDTHS = (128, 256, 640)
 
 
@@ -533,7 +533,7 @@ def width_of(D: int) -> int:
     return 128 * math.ceil(1.25 * D / 128)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #fa0f3a7d
+# %% ../nbs/1_plane/23_dimensions.ipynb #a453856f
 def common(D: int, classes: int, steps: int, seed: int) -> Config:
     "The configuration of which an entry's setting is a change."
     network = {"name": "mlp", "dim": D, "width": width_of(D), "classes": classes}
@@ -551,7 +551,7 @@ def common(D: int, classes: int, steps: int, seed: int) -> Config:
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #2f6b99bf
+# %% ../nbs/1_plane/23_dimensions.ipynb #d7141991
 @dataclass(frozen=True)
 class Entry:
     "A line of the standings: what it changes, or how it is made without training."
@@ -565,7 +565,7 @@ class Entry:
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #6f2adc9c
+# %% ../nbs/1_plane/23_dimensions.ipynb #3a913dc0
 WINNERS: dict[str, dict] = {}  # entry -> further changes, which a search has found
 
 
@@ -581,7 +581,7 @@ def enter(
     register("entry", name)(entry)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #7ac70a3a
+# %% ../nbs/1_plane/23_dimensions.ipynb #5dbed021
 SCHEDULE = {"name": "exponential", "r_init": 0.5, "r_end": 0.05}
 SOFLOW = {"name": "soflow", "lam": 0.5, "schedule": SCHEDULE}
 PROGRESSIVE = {"name": "semigroup", "lam": 0.5, "jumps": 1}
@@ -599,7 +599,7 @@ enter("progressive_batch", "progressive, mini-batch", PROGRESSIVE | BATCH)
 enter("lagrangian", "Lagrangian in steps", {"name": "lagrangian_steps"})
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #70117d1d
+# %% ../nbs/1_plane/23_dimensions.ipynb #66020d0f
 def entry_of(name: str) -> Entry:
     "An entry, or the default one of an objective. Raises InputError for neither."
     if name in names("entry"):
@@ -621,7 +621,7 @@ def can_be_built(entry: Entry) -> bool:
     return entry.fit is not None or name in names("objective")
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #58f9a8bb
+# %% ../nbs/1_plane/23_dimensions.ipynb #e727d3d2
 def configured(entry: Entry, problem: Problem, steps: int, seed: int) -> Config:
     """The configuration of an entry; its network changes options of the common one.
 
@@ -635,7 +635,7 @@ def configured(entry: Entry, problem: Problem, steps: int, seed: int) -> Config:
     return make_config(changes, base)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #7fba9196
+# %% ../nbs/1_plane/23_dimensions.ipynb #6279f8a6
 def by_mode(
     gap: torch.Tensor,  # (n, D) map minus truth
     modes: torch.Tensor,  # (n,) of the exact ends
@@ -651,7 +651,7 @@ def by_mode(
     }
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #b8f8c4b7
+# %% ../nbs/1_plane/23_dimensions.ipynb #0271be13
 def centre_and_variance(law: Any) -> tuple[torch.Tensor, float]:  # (D,), a number
     "The mean of a mixture or of a finite set, and its total variance."
     finite = isinstance(law, FiniteSet)
@@ -663,7 +663,7 @@ def centre_and_variance(law: Any) -> tuple[torch.Tensor, float]:  # (D,), a numb
     return mean, (power - mean.pow(2).sum()).item()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #2bb8e08b
+# %% ../nbs/1_plane/23_dimensions.ipynb #66d26f5c
 FRESH = 8192  # noises for the law of the samples
 
 
@@ -692,7 +692,7 @@ def law_measures(
     return found
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #50812b34
+# %% ../nbs/1_plane/23_dimensions.ipynb #32518af7
 def nearest(
     x: torch.Tensor,  # (n, D)
     points: torch.Tensor,  # (m, D)
@@ -722,7 +722,7 @@ def measured(
     return found | law_measures(model, law, classes)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a6150e95
+# %% ../nbs/1_plane/23_dimensions.ipynb #5b880241
 FIRST_SEED = 10
 STEPS = 1000
 SEEDS = 3
@@ -747,7 +747,7 @@ def truth_in_use(name: str) -> Truth:
     return truth_of(name)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #b70b9874
+# %% ../nbs/1_plane/23_dimensions.ipynb #2543b812
 def recipe_of(entry: Entry, problem: Problem) -> str:
     "A hash of what an entry does to a problem; code is not in it."
     config = vars(configured(entry, problem, STEPS, 0))
@@ -756,7 +756,7 @@ def recipe_of(entry: Entry, problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #176cafd6
+# %% ../nbs/1_plane/23_dimensions.ipynb #bba34990
 def made_by(
     entry: Entry,
     law: Distribution,
@@ -771,7 +771,7 @@ def made_by(
     return model, took
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #301e6e23
+# %% ../nbs/1_plane/23_dimensions.ipynb #bc02b6c4
 @dataclass(frozen=True)
 class DimensionJob(Job):
     "One row of the benchmark; `dataset` is the problem, `setting` the entry."
@@ -806,7 +806,7 @@ def job_of(entry: str, problem: str, seed: int, steps: int) -> DimensionJob:
     return DimensionJob("dimensions", problem, entry, seed, None, steps)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a54be814
+# %% ../nbs/1_plane/23_dimensions.ipynb #f5751515
 def check_entry(name: str) -> None:
     "Raises InputError for an entry that does not exist, or cannot be built."
     entry = entry_of(name)
@@ -824,7 +824,7 @@ def every_entry() -> list[str]:
     return [name for name in names("entry") if can_be_built(find("entry", name))]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #1f98e6f8
+# %% ../nbs/1_plane/23_dimensions.ipynb #538378c1
 def dimension_rows(
     folder: Path | str,
     entries: Iterable[str] = (),  # all that can be built if not given
@@ -850,7 +850,7 @@ def dimension_rows(
         yield from bench(Path(folder) / f"{name}.json", todo)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #1c270978
+# %% ../nbs/1_plane/23_dimensions.ipynb #811fb29e
 CLOSE = 1e-3  # relative difference of errors that rounding explains
 
 
@@ -877,7 +877,7 @@ class Recheck:
         return self.gap <= CLOSE
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #ed1f5f33
+# %% ../nbs/1_plane/23_dimensions.ipynb #b29ba1bd
 def recomputed(
     folder: Path | str,
     entry: str,
@@ -898,7 +898,7 @@ def recomputed(
     raise InputError(message)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a6e97267
+# %% ../nbs/1_plane/23_dimensions.ipynb #9ab14878
 def is_current(row: dict[str, Any]) -> bool:
     "Whether a row was made with today's settings; unknown entries are believed."
     known = row["setting"] in names("entry") and row["dataset"] in PROBLEMS
@@ -908,7 +908,7 @@ def is_current(row: dict[str, Any]) -> bool:
     return row["recipe"] == made
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #32cdc940
+# %% ../nbs/1_plane/23_dimensions.ipynb #c4f9fa30
 def stored_rows(
     folder: Path | str | None = None,  # data/runs/dimensions if not given
     steps: int = STEPS,
@@ -925,7 +925,7 @@ def stored_rows(
     return [row for row in rows if is_current(row)]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #9a1577ea
+# %% ../nbs/1_plane/23_dimensions.ipynb #024f0ef8
 @dataclass
 class Standing:
     "An entry and what its rows say together."
@@ -942,7 +942,7 @@ class Standing:
     failed: int  # rows that diverged
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #37bde612
+# %% ../nbs/1_plane/23_dimensions.ipynb #e8796c8c
 def geometric(values: Iterable[float]) -> float:
     "The geometric mean; NaN of nothing."
     logs = [math.log(max(value, 1e-300)) for value in values]
@@ -964,7 +964,7 @@ def grouped(rows: Iterable[dict], name: str) -> dict[str, list[float]]:
     return found
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #3db8cd46
+# %% ../nbs/1_plane/23_dimensions.ipynb #893dae92
 def standing_of(rows: list[dict], problems: Iterable[str], seeds: int) -> Standing:
     "What the rows of one entry say together."
     errors = grouped(rows, "error_1")
@@ -986,7 +986,7 @@ def standing_of(rows: list[dict], problems: Iterable[str], seeds: int) -> Standi
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #cdd3dcfc
+# %% ../nbs/1_plane/23_dimensions.ipynb #8870ab8f
 def standings(
     rows: Iterable[dict[str, Any]],
     problems: Iterable[str] = tuple(PROBLEMS),  # without which an entry is incomplete
@@ -1008,7 +1008,7 @@ def place_of(standing: Standing) -> tuple[bool, float, str]:
     return not standing.complete, error, standing.name
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #d7a87aa4
+# %% ../nbs/1_plane/23_dimensions.ipynb #91e2967b
 def standings_table(
     rows: Iterable[dict[str, Any]],
     problems: Iterable[str] = tuple(PROBLEMS),
@@ -1035,7 +1035,7 @@ def remark_on(line: Standing) -> str:
     return f"  ({diverged})"
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #13d9f9ed
+# %% ../nbs/1_plane/23_dimensions.ipynb #21fa6dbb
 def fitted_slopes(
     X: torch.Tensor,  # (n, p) predictors, one row for each problem
     y: torch.Tensor,  # (n,)
@@ -1057,7 +1057,7 @@ def fitted_slopes(
     return c[1:], (noise * inverse.diagonal()[1:]).sqrt()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #31a777d2
+# %% ../nbs/1_plane/23_dimensions.ipynb #43216e88
 def predictors() -> torch.Tensor:  # (9, 3)
     "log D, log K and log separation of the unlabelled mixtures."
     found = []
@@ -1067,7 +1067,7 @@ def predictors() -> torch.Tensor:  # (9, 3)
     return torch.tensor(found)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #bf13387a
+# %% ../nbs/1_plane/23_dimensions.ipynb #9d7971de
 def growth(
     rows: Iterable[dict[str, Any]],
 ) -> dict[str, tuple[list[float], list[float]]]:  # entry -> slopes, standard errors

@@ -162,6 +162,8 @@ def test_the_exact_map_of_a_set_ends_in_the_set():
     wrong = points[int(last) - 1][None]
     found = dimensions.measured(Recalling(truth.x0, wrong), law, truth)
     assert found["neighbour"] == 7 / 8 and "share_error" not in found
+    error = (wrong - truth.x0[-1:]).norm() / truth.x0.norm()
+    assert found["error_1"] == pytest.approx(error.item())
 
 
 @pytest.mark.slow
