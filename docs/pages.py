@@ -11,6 +11,7 @@ import inspect
 import io
 import re
 import shutil
+import statistics
 import sys
 import textwrap
 import tokenize
@@ -488,6 +489,124 @@ def related() -> str:
     return with_classes(linked(text, places_by_name()), symbols())
 
 
+# ----------------------------------------------------------------------- standings
+STANDINGS = """# Standings
+
+One-step maps beside the exact flow of thirteen problems in 2 to 512 dimensions
+({chapter}). Every entry has {steps:,} steps of 256 samples on one thread and the seeds
+10, 11 and 12. The number of an entry is the geometric mean over the problems of its
+relative error, seeds averaged first; *shares* is the largest error of the share of a
+mode, a mean over the mixtures. Entries that lack rows or that diverged stand last.
+Entries whose errors overlap on most problems are not told apart.
+"""
+NO_ROWS = "No rows are stored yet: `soflow bench dimensions` computes them."
+ADD_A_ROW = """## Add a line
+
+1. Write the method into one file, with a registered entry or only a registered
+   objective, whose name is then the entry:
+
+   ```python
+   # my_method.py
+   from soflow_edu.core import register
+   from soflow_edu.dimensions import Entry
+
+   setting = {"objective": {"name": "soflow", "lam": 0.25}, "learning_rate": 4e-3}
+   register("entry", "mine")(Entry("mine", "SoFlow, lam 0.25", setting))
+   ```
+
+2. Compute its rows with the seeds 10, 11 and 12. They are written as they come, and the
+   same command goes on where it was stopped:
+
+   ```
+   soflow bench dimensions --import my_method.py --entries mine
+   ```
+
+3. Commit the file `data/runs/dimensions/mine.json`. Settings must not have been chosen
+   by these seeds, and a method may use nothing but samples.
+
+Anybody can check any row. It is trained again and compared with the stored one:
+
+```
+soflow bench dimensions --recompute soflow mixture-32 11
+```
+"""
+
+
+def markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value: float, digits: int = 3) -> str:
+    "A number for a table; a dash for none."
+    return "-" if value != value else f"{value:.{digits}f}"
+
+
+def standing_rows(lines: list) -> list[str]:
+    "The table of the standings, as rows of Markdown."
+    heads = ["", "entry", "one step", "four steps", "shares", "ms a step", "remark"]
+    found = [markdown_row(heads), "|---|---|---|---|---|---|---|"]
+    for place, line in enumerate(lines, 1):
+        remark = line.note
+        if not line.complete:
+            remark = f"{line.failed} diverged" if line.failed else "incomplete"
+        measures = [number(line.error), number(line.four), number(line.shares)]
+        measures.append(number(line.step_ms, 1))
+        order = str(place) if line.complete else "-"
+        found.append(markdown_row([order, line.label, *measures, remark]))
+    return found
+
+
+def problem_rows(lines: list) -> list[str]:
+    "The one-step errors by problem, mean ± standard deviation over the seeds."
+    from soflow_edu.dimensions import PROBLEMS
+
+    heads = ["problem", *[line.label for line in lines]]
+    found = [markdown_row(heads), "|---" * len(heads) + "|"]
+    for name in PROBLEMS:
+        cells = [name]
+        for line in lines:
+            values = line.errors.get(name, [])
+            mean = number(statistics.mean(values)) if values else "-"
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(mean + spread)
+        found.append(markdown_row(cells))
+    return found
+
+
+def growth_rows(rows: list[dict]) -> list[str]:
+    "The slopes of the errors, as rows of Markdown."
+    from soflow_edu.dimensions import growth
+
+    found = ["| entry | dimension | modes | separation |", "|---|---|---|---|"]
+    for name, (slopes, spread) in growth(rows).items():
+        pairs = zip(slopes, spread, strict=True)
+        cells = [f"{slope:.2f} ± {error:.2f}" for slope, error in pairs]
+        found.append(markdown_row([name, *cells]))
+    return found
+
+
+GROWTH = (
+    "Slopes of log error over the nine unlabelled mixtures, with standard errors of "
+    "which the unit is the problem."
+)
+
+
+def standings_page(folder: Path = ROOT / "data/runs/dimensions") -> str:
+    "The benchmark of chapter dimensions, made from the rows in a folder."
+    from soflow_edu.dimensions import STEPS, standings, stored_rows
+
+    path = chapters_with_modules()["dimensions"]
+    text = STANDINGS.format(chapter=f"chapter {link_to(path)}", steps=STEPS)
+    rows = stored_rows(folder)
+    if not rows:
+        return "\n".join([text, NO_ROWS, "", ADD_A_ROW])
+    lines = standings(rows)
+    parts = [text, *standing_rows(lines), ""]
+    parts += ["## Problem by problem", "", *problem_rows(lines), ""]
+    parts += ["## How errors grow", "", GROWTH, "", *growth_rows(rows), "", ADD_A_ROW]
+    return "\n".join(parts)
+
+
 # --------------------------------------------------------------------- other pages
 def first_picture(path: Path) -> Notebook | None:
     "The data of the first figure of a chapter."
@@ -537,6 +656,8 @@ def front() -> str:
         entries = [place(path) for path in chapters() if path.parent.name == part]
         lines += contents(caption, entries)
     others = ["related", "configurations", "equations", "gallery", "reference"]
+
+    others = ["standings", "configurations", "equations", "gallery", "reference"]
     lines += contents("To look things up", others)
     return "\n".join(lines)
 
@@ -584,6 +705,7 @@ def write(folder: Path):
         "related": related(),
         "configurations": configurations(),
         "equations": equation_page(),
+        "standings": standings_page(),
         "gallery": gallery(folder),
     }
     shutil.copytree(ROOT / "nbs/pictures", folder / "pictures")

@@ -341,6 +341,62 @@ def diagnose(run: str, /, against: str = "") -> None:
     report_run(run, against)
 
 
+# %% ../nbs/4_practice/02_command_line.ipynb #94f394b5
+def words_of_dimensions(row: dict) -> str:
+    "A row of chapter dimensions in a line."
+    place = f"{row['setting']}, {row['dataset']}, seed {row['seed']}"
+    if "failed" in row:
+        return f"{place}: failed. {row['failed']}"
+    return f"{place}: error {row['error_1']:.4f}, in four steps {row['error_4']:.4f}"
+
+
+def check_row(folder: str, asked: tuple[str, str, int], steps: int) -> None:
+    "Prints a stored row and the same again; leaves with status 1 if they differ."
+    from soflow_edu.dimensions import CLOSE, recomputed
+
+    found = recomputed(folder, *asked, steps)
+    print(f"stored  {words_of_dimensions(found.stored)}")
+    print(f"again   {words_of_dimensions(found.again)}")
+    verdict = "agrees" if found.agrees else "differs"
+    print(f"{verdict}: relative difference {found.gap:.1e}, allowed {CLOSE:g}")
+    if not found.agrees:
+        sys.exit(1)
+
+
+# %% ../nbs/4_practice/02_command_line.ipynb #05274839
+def bench_dimensions(
+    entries: tuple[str, ...] = (),
+    problems: tuple[str, ...] = (),
+    seeds: int = 3,
+    steps: int = 1000,
+    folder: str = "data/runs/dimensions",
+    recompute: tuple[str, str, int] | None = None,
+) -> None:
+    """Compare methods with the exact flow in 2 to 512 dimensions.
+
+    Goes on with the rows in the folder, one file for each entry. On one thread.
+
+    Args:
+        entries: Entries, or objectives; all entries if not given.
+        problems: Problems; all thirteen if not given.
+        seeds: How many seeds, from 10 on.
+        steps: Steps of each training.
+        folder: Folder for the rows.
+        recompute: Entry, problem and seed of a stored row to compute again.
+    """
+    if recompute:
+        check_row(folder, recompute, steps)
+        return
+    from soflow_edu.dimensions import PROBLEMS, dimension_rows, standings_table
+
+    rows = []
+    for row in dimension_rows(folder, entries, problems, seeds, steps):
+        rows.append(row)
+        print(words_of_dimensions(row), flush=True)
+    asked = problems or tuple(PROBLEMS)
+    print(f"\n{standings_table(rows, asked, seeds)}\n\nWritten to {folder}/.")
+
+
 # %% ../nbs/4_practice/02_command_line.ipynb #67555d62
 def ladder() -> None:
     """List the configurations by name: for which hardware, how long, and what is
@@ -767,6 +823,7 @@ BENCH = {
     "recipe": study("recipe", "Take the configuration plane apart."),
     "questions": study("questions", "Try the choices that the paper leaves open."),
     "search": bench_search,
+    "dimensions": bench_dimensions,
     "step": bench_step,
 }
 COURSE = {"build": course_build, "grade": course_grade}

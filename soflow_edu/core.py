@@ -110,6 +110,8 @@ KINDS = {
     "autoencoder": "from photographs to latents and back",
     "decoder": "from latents to pictures",
     "study": "sets of runs that a chapter compares",
+    "problem": "laws in any dimension whose exact flow is known",
+    "entry": "methods in the standings",
     "reader": "readers of other projects' configurations",
 }
 

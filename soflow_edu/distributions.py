@@ -739,13 +739,14 @@ def law_of(
 
     A toy that is a mixture is itself; another toy is a finite set of `count` points
     drawn from it, of which a description may say both; pictures are the set that they
-    are. Raises InputError for an unknown name or option, and for data that no name
-    tells."""
+    are, and a problem is its law (chapter *dimensions*). Raises InputError for an
+    unknown name or option, and for data that no name tells."""
     options = {"name": data} if isinstance(data, str) else dict(data or {})
     name: Any = options.pop("name", None)
-    if name in names("pictures"):
-        law = build("pictures", data)
-        law.description = data
-        return law
+    for kind in ("pictures", "problem"):
+        if name in names(kind):
+            law = build(kind, data)
+            law.description = data
+            return law
     check_known(name)
     return toy_law(name, **toy_options(name, {"count": count, "seed": seed} | options))
