@@ -5,6 +5,8 @@ entries and standings."""
 
 # %% auto #0
 __all__ = [
+    "SETS",
+    "PROBLEMS",
     "TurnedMixture",
     "random_mixture",
     "Problem",
@@ -27,7 +29,7 @@ __all__ = [
     "growth",
 ]
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #41ddba61
+# %% ../nbs/1_plane/23_dimensions.ipynb #938bdecf
 import hashlib
 import json
 import math
@@ -41,7 +43,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #adc649df
+# %% ../nbs/1_plane/23_dimensions.ipynb #4f98285a
 from .config import (
     Config,
     cache_root,
@@ -84,7 +86,7 @@ from .solution import check_span, rms
 from .training import generator_of
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #1bb74334
+# %% ../nbs/1_plane/23_dimensions.ipynb #ca97b097
 def turned(
     z: torch.Tensor,  # (K, B, D)
     planes: torch.Tensor,  # (K, D, r) orthonormal columns
@@ -93,7 +95,7 @@ def turned(
     return torch.baddbmm(z, z @ planes, planes.mT, alpha=-2)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #9e832084
+# %% ../nbs/1_plane/23_dimensions.ipynb #ce958341
 def checked_planes(planes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     "The planes. Raises InputError unless each has orthonormal columns."
     fits = planes.ndim == 3 and planes.shape[:2] == means.shape
@@ -110,7 +112,7 @@ def checked_planes(planes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     return planes
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #f4eb06d0
+# %% ../nbs/1_plane/23_dimensions.ipynb #125b5b2b
 class OwnAxes(Distribution):
     "Gaussians with their axes, and samples of them."
 
@@ -142,7 +144,7 @@ class OwnAxes(Distribution):
         return (self.means[k] + x).float(), self.labels[k]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #4625a356
+# %% ../nbs/1_plane/23_dimensions.ipynb #a3b9337e
 def axis_logits(
     e: torch.Tensor,  # (K, B, D) queries in the axes of each component
     S: torch.Tensor,  # (K, B, D) variances there
@@ -157,7 +159,7 @@ def axis_logits(
     return of_class(logits, labels, y) - log_class_weight(weights, labels, y)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #c277b498
+# %% ../nbs/1_plane/23_dimensions.ipynb #668d95f4
 class TurnedMixture(OwnAxes):
     """A mixture of Gaussians, each with widths along axes of its own (eq. 1.23.1).
 
@@ -192,7 +194,7 @@ class TurnedMixture(OwnAxes):
         return axis_logits(e, S, weights, self.labels, None).argmax(1)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #f1430f00
+# %% ../nbs/1_plane/23_dimensions.ipynb #fb5c72ce
 DRAWS = 10_000  # after which no place for another centre is looked for
 
 
@@ -214,7 +216,7 @@ def centres(
     raise InputError(message)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #1e7ac23c
+# %% ../nbs/1_plane/23_dimensions.ipynb #e523e822
 def random_mixture(
     D: int,  # dimension, 2 or more
     K: int = 8,  # components
@@ -245,7 +247,7 @@ def random_mixture(
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #55851d72
+# %% ../nbs/1_plane/23_dimensions.ipynb #33955d85
 @dataclass(frozen=True)
 class Problem:
     "A law whose exact flow is known; where labels are given, that of each class."
@@ -274,7 +276,7 @@ def mixture_problem(
     return Problem(name, D, K, separation, classes)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #3a321d61
+# %% ../nbs/1_plane/23_dimensions.ipynb #040a41b1
 MIXTURES = [
     mixture_problem("mixture-2", 2),
     mixture_problem("mixture-8", 8),
@@ -292,7 +294,7 @@ LABELLED = [
 ]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #cb0efc9e
+# %% ../nbs/1_plane/23_dimensions.ipynb #c5759b00
 @register("problem", "digits-64")
 def digits_problem() -> Distribution:
     "Scikit-learn's handwritten digits of 8 x 8 pixels, as points in [-1, 1]."
@@ -302,7 +304,7 @@ def digits_problem() -> Distribution:
     return FiniteSet(torch.as_tensor(raw.data / 8 - 1).float(), raw.target)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #84438958
+# %% ../nbs/1_plane/23_dimensions.ipynb #62e778e3
 PATCHES = 2048
 PHOTOGRAPHS = {"name": "cifar10", "source": "root", "count": PATCHES}
 
@@ -329,13 +331,13 @@ def patches_problem() -> Distribution:
     return FiniteSet(patches.movedim(3, 1).flatten(1))
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #cb00b44c
+# %% ../nbs/1_plane/23_dimensions.ipynb #6619ff18
 SETS = [Problem("digits-64", 64, 1797), Problem("patches-192", 192, PATCHES)]
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem for problem in MIXTURES + LABELLED + SETS
 }
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #282582ce
+# %% ../nbs/1_plane/23_dimensions.ipynb #c2caf8c9
 TRUTH_SEED = 20260  # of the noises
 NOISES = 1024
 
@@ -352,7 +354,7 @@ def labels_asked(
     return law.sample(n, generator_of(TRUTH_SEED, 1, stream=stream))[1]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #d23d3dd9
+# %% ../nbs/1_plane/23_dimensions.ipynb #f3e1e74e
 def numbers_of(law: Any) -> list[torch.Tensor]:
     "The numbers of a law that tell it from others, without rounding errors."
     if isinstance(law, FiniteSet):
@@ -372,7 +374,7 @@ def mark_of(law: Any, asked: dict[str, Any]) -> str:
     return found.hexdigest()[:12]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #4fb6e439
+# %% ../nbs/1_plane/23_dimensions.ipynb #dbae7777
 @dataclass
 class Truth:
     "Where the exact flow leads some noises."
@@ -383,7 +385,7 @@ class Truth:
     mark: str  # of the law and of what was asked
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #f35f8f67
+# %% ../nbs/1_plane/23_dimensions.ipynb #4e097ed5
 def read_ends(
     file: Path,
     shape: torch.Size,  # (n, D)
@@ -407,7 +409,7 @@ def write_ends(file: Path, x0: torch.Tensor) -> None:
         save_file({"x0": x0}, temporary)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #bff781b8
+# %% ../nbs/1_plane/23_dimensions.ipynb #5b05d5a9
 def truth_of(
     name: str,  # of a problem, or of any data that `law_of` knows
     n: int = NOISES,
@@ -432,7 +434,7 @@ def truth_of(
     return Truth(x1, y, x0, mark)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #945e3ae5
+# %% ../nbs/1_plane/23_dimensions.ipynb #95f0f27e
 def gaussian_flow(
     z: torch.Tensor,  # (n, D) x - alpha_t m in the eigenvectors
     values: torch.Tensor,  # (D,) eigenvalues
@@ -446,7 +448,7 @@ def gaussian_flow(
     return (after / before).sqrt() * z  # eq. 1.23.4
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #ff235c14
+# %% ../nbs/1_plane/23_dimensions.ipynb #08370510
 class GaussianMap:
     """The exact flow of one Gaussian for each class on the linear path (eq. 1.23.4).
 
@@ -486,7 +488,7 @@ class GaussianMap:
         return self.path.alpha(s) * m + moved @ axes.T
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #be34d025
+# %% ../nbs/1_plane/23_dimensions.ipynb #d7027629
 class Still:
     "The map that returns its input."
 
@@ -500,7 +502,7 @@ def fit_still(law: Distribution, config: Config, classes: int) -> Still:
     return Still()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #fc12420c
+# %% ../nbs/1_plane/23_dimensions.ipynb #5a3f47b5
 def fit_gaussian(law: Distribution, config: Config, classes: int) -> GaussianMap:
     "One Gaussian for each class, from the samples that a training would see."
     assert config.steps is not None
@@ -521,7 +523,7 @@ def fit_gaussian(law: Distribution, config: Config, classes: int) -> GaussianMap
     return GaussianMap(means, square - means[:, :, None] * means[:, None])
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #f444893c
+# %% ../nbs/1_plane/23_dimensions.ipynb #2e27c0a6
 WIDTHS = (128, 256, 640)
 
 
@@ -533,7 +535,7 @@ def width_of(D: int) -> int:
     return 128 * math.ceil(1.25 * D / 128)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #a453856f
+# %% ../nbs/1_plane/23_dimensions.ipynb #8a89eb5e
 def common(D: int, classes: int, steps: int, seed: int) -> Config:
     "The configuration of which an entry's setting is a change."
     network = {"name": "mlp", "dim": D, "width": width_of(D), "classes": classes}
@@ -551,7 +553,7 @@ def common(D: int, classes: int, steps: int, seed: int) -> Config:
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #d7141991
+# %% ../nbs/1_plane/23_dimensions.ipynb #b2b85d2c
 @dataclass(frozen=True)
 class Entry:
     "A line of the standings: what it changes, or how it is made without training."
@@ -565,7 +567,7 @@ class Entry:
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #3a913dc0
+# %% ../nbs/1_plane/23_dimensions.ipynb #64b12e72
 WINNERS: dict[str, dict] = {}  # entry -> further changes, which a search has found
 
 
@@ -581,7 +583,7 @@ def enter(
     register("entry", name)(entry)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #5dbed021
+# %% ../nbs/1_plane/23_dimensions.ipynb #154e5536
 SCHEDULE = {"name": "exponential", "r_init": 0.5, "r_end": 0.05}
 SOFLOW = {"name": "soflow", "lam": 0.5, "schedule": SCHEDULE}
 PROGRESSIVE = {"name": "semigroup", "lam": 0.5, "jumps": 1}
@@ -599,7 +601,7 @@ enter("progressive_batch", "progressive, mini-batch", PROGRESSIVE | BATCH)
 enter("lagrangian", "Lagrangian in steps", {"name": "lagrangian_steps"})
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #66020d0f
+# %% ../nbs/1_plane/23_dimensions.ipynb #45831a33
 def entry_of(name: str) -> Entry:
     "An entry, or the default one of an objective. Raises InputError for neither."
     if name in names("entry"):
@@ -621,7 +623,7 @@ def can_be_built(entry: Entry) -> bool:
     return entry.fit is not None or name in names("objective")
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #e727d3d2
+# %% ../nbs/1_plane/23_dimensions.ipynb #0c49e8b6
 def configured(entry: Entry, problem: Problem, steps: int, seed: int) -> Config:
     """The configuration of an entry; its network changes options of the common one.
 
@@ -635,7 +637,7 @@ def configured(entry: Entry, problem: Problem, steps: int, seed: int) -> Config:
     return make_config(changes, base)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #6279f8a6
+# %% ../nbs/1_plane/23_dimensions.ipynb #e9d8ed24
 def by_mode(
     gap: torch.Tensor,  # (n, D) map minus truth
     modes: torch.Tensor,  # (n,) of the exact ends
@@ -651,7 +653,7 @@ def by_mode(
     }
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #0271be13
+# %% ../nbs/1_plane/23_dimensions.ipynb #8c585127
 def centre_and_variance(law: Any) -> tuple[torch.Tensor, float]:  # (D,), a number
     "The mean of a mixture or of a finite set, and its total variance."
     finite = isinstance(law, FiniteSet)
@@ -663,7 +665,7 @@ def centre_and_variance(law: Any) -> tuple[torch.Tensor, float]:  # (D,), a numb
     return mean, (power - mean.pow(2).sum()).item()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #66d26f5c
+# %% ../nbs/1_plane/23_dimensions.ipynb #dde27473
 FRESH = 8192  # noises for the law of the samples
 
 
@@ -692,7 +694,7 @@ def law_measures(
     return found
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #32518af7
+# %% ../nbs/1_plane/23_dimensions.ipynb #e46c2475
 def nearest(
     x: torch.Tensor,  # (n, D)
     points: torch.Tensor,  # (m, D)
@@ -722,7 +724,7 @@ def measured(
     return found | law_measures(model, law, classes)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #5b880241
+# %% ../nbs/1_plane/23_dimensions.ipynb #98282924
 FIRST_SEED = 10
 STEPS = 1000
 SEEDS = 3
@@ -747,7 +749,7 @@ def truth_in_use(name: str) -> Truth:
     return truth_of(name)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #2543b812
+# %% ../nbs/1_plane/23_dimensions.ipynb #763ec597
 def recipe_of(entry: Entry, problem: Problem) -> str:
     "A hash of what an entry does to a problem; code is not in it."
     config = vars(configured(entry, problem, STEPS, 0))
@@ -756,7 +758,7 @@ def recipe_of(entry: Entry, problem: Problem) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #bba34990
+# %% ../nbs/1_plane/23_dimensions.ipynb #817069ff
 def made_by(
     entry: Entry,
     law: Distribution,
@@ -771,7 +773,7 @@ def made_by(
     return model, took
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #bc02b6c4
+# %% ../nbs/1_plane/23_dimensions.ipynb #41ca4c72
 @dataclass(frozen=True)
 class DimensionJob(Job):
     "One row of the benchmark; `dataset` is the problem, `setting` the entry."
@@ -806,7 +808,7 @@ def job_of(entry: str, problem: str, seed: int, steps: int) -> DimensionJob:
     return DimensionJob("dimensions", problem, entry, seed, None, steps)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #f5751515
+# %% ../nbs/1_plane/23_dimensions.ipynb #cc5ec736
 def check_entry(name: str) -> None:
     "Raises InputError for an entry that does not exist, or cannot be built."
     entry = entry_of(name)
@@ -824,7 +826,7 @@ def every_entry() -> list[str]:
     return [name for name in names("entry") if can_be_built(find("entry", name))]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #538378c1
+# %% ../nbs/1_plane/23_dimensions.ipynb #1a402fd2
 def dimension_rows(
     folder: Path | str,
     entries: Iterable[str] = (),  # all that can be built if not given
@@ -850,7 +852,7 @@ def dimension_rows(
         yield from bench(Path(folder) / f"{name}.json", todo)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #811fb29e
+# %% ../nbs/1_plane/23_dimensions.ipynb #f5937e98
 CLOSE = 1e-3  # relative difference of errors that rounding explains
 
 
@@ -877,7 +879,7 @@ class Recheck:
         return self.gap <= CLOSE
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #b29ba1bd
+# %% ../nbs/1_plane/23_dimensions.ipynb #32b9cfb3
 def recomputed(
     folder: Path | str,
     entry: str,
@@ -898,7 +900,7 @@ def recomputed(
     raise InputError(message)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #9ab14878
+# %% ../nbs/1_plane/23_dimensions.ipynb #549a332e
 def is_current(row: dict[str, Any]) -> bool:
     "Whether a row was made with today's settings; unknown entries are believed."
     known = row["setting"] in names("entry") and row["dataset"] in PROBLEMS
@@ -908,7 +910,7 @@ def is_current(row: dict[str, Any]) -> bool:
     return row["recipe"] == made
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #c4f9fa30
+# %% ../nbs/1_plane/23_dimensions.ipynb #2806fa59
 def stored_rows(
     folder: Path | str | None = None,  # data/runs/dimensions if not given
     steps: int = STEPS,
@@ -925,7 +927,7 @@ def stored_rows(
     return [row for row in rows if is_current(row)]
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #024f0ef8
+# %% ../nbs/1_plane/23_dimensions.ipynb #b15e9659
 @dataclass
 class Standing:
     "An entry and what its rows say together."
@@ -942,7 +944,7 @@ class Standing:
     failed: int  # rows that diverged
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #e8796c8c
+# %% ../nbs/1_plane/23_dimensions.ipynb #24fd0e11
 def geometric(values: Iterable[float]) -> float:
     "The geometric mean; NaN of nothing."
     logs = [math.log(max(value, 1e-300)) for value in values]
@@ -964,7 +966,7 @@ def grouped(rows: Iterable[dict], name: str) -> dict[str, list[float]]:
     return found
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #893dae92
+# %% ../nbs/1_plane/23_dimensions.ipynb #9ad3a24b
 def standing_of(rows: list[dict], problems: Iterable[str], seeds: int) -> Standing:
     "What the rows of one entry say together."
     errors = grouped(rows, "error_1")
@@ -986,7 +988,7 @@ def standing_of(rows: list[dict], problems: Iterable[str], seeds: int) -> Standi
     )
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #8870ab8f
+# %% ../nbs/1_plane/23_dimensions.ipynb #d1670a06
 def standings(
     rows: Iterable[dict[str, Any]],
     problems: Iterable[str] = tuple(PROBLEMS),  # without which an entry is incomplete
@@ -1008,7 +1010,7 @@ def place_of(standing: Standing) -> tuple[bool, float, str]:
     return not standing.complete, error, standing.name
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #91e2967b
+# %% ../nbs/1_plane/23_dimensions.ipynb #08b2d1f4
 def standings_table(
     rows: Iterable[dict[str, Any]],
     problems: Iterable[str] = tuple(PROBLEMS),
@@ -1035,7 +1037,7 @@ def remark_on(line: Standing) -> str:
     return f"  ({diverged})"
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #21fa6dbb
+# %% ../nbs/1_plane/23_dimensions.ipynb #9fae6a07
 def fitted_slopes(
     X: torch.Tensor,  # (n, p) predictors, one row for each problem
     y: torch.Tensor,  # (n,)
@@ -1057,7 +1059,7 @@ def fitted_slopes(
     return c[1:], (noise * inverse.diagonal()[1:]).sqrt()
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #43216e88
+# %% ../nbs/1_plane/23_dimensions.ipynb #b74efade
 def predictors() -> torch.Tensor:  # (9, 3)
     "log D, log K and log separation of the unlabelled mixtures."
     found = []
@@ -1067,7 +1069,7 @@ def predictors() -> torch.Tensor:  # (9, 3)
     return torch.tensor(found)
 
 
-# %% ../nbs/1_plane/23_dimensions.ipynb #9d7971de
+# %% ../nbs/1_plane/23_dimensions.ipynb #a3308529
 def growth(
     rows: Iterable[dict[str, Any]],
 ) -> dict[str, tuple[list[float], list[float]]]:  # entry -> slopes, standard errors
