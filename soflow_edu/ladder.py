@@ -467,7 +467,7 @@ def compare_with_truth(
 
 
 def evaluate_map(run: Run, against: str = "") -> Evaluation:
-    "What the comparison of a map of the plane with the exact one gives."
+    "What the comparison of a map of points with the exact one gives."
     report = compare_with_truth(run, against)
     return Evaluation(report.values, report.table, {})
 
@@ -558,14 +558,14 @@ def evaluate_run(
     """Judges a run, beside the exact flow of a toy or beside pictures.
 
     Raises InputError for what cannot be compared."""
-    if shape_of(run.model) == (2,):
+    if len(shape_of(run.model)) == 1:
         of_pictures = against in names("pictures")
         chosen = of_pictures or features or sampler or autoencoder
         if chosen or steps != 1 or part != "test":
             message = (
-                "This run is a map of the plane, which is compared with its exact flow "
+                "This run is a map of points, which is compared with its exact flow "
                 "in all numbers of steps. Leave out features, part, sampler, "
-                "autoencoder and steps, and name a toy with against, if anything."
+                "autoencoder and steps, and name a law with against, if anything."
             )
             raise InputError(message)
         return evaluate_map(run, against)
@@ -865,13 +865,13 @@ def write_figure(path: Path, figure, dpi: int) -> Path:
 
 def write_scatter(
     path: Path,
-    x: torch.Tensor,  # (N, 2)
+    x: torch.Tensor,  # (N, D), of which the first two coordinates are drawn
 ) -> Path:
-    "Writes points in the plane as a PNG."
+    "Writes points as a PNG."
     from soflow_edu.toys import plot_points
 
     figure, ax = canvas()
-    plot_points(ax, x)
+    plot_points(ax, x[:, :2])
     return write_figure(path, figure, dpi=130)
 
 
