@@ -745,7 +745,8 @@ def verdict(
     known = [expected for expected in rung.expected if is_about(expected, found)]
     if not known:
         how = ", ".join(f"{key} {value}" for key, value in found.options.items())
-        return f"The rung {rung.name} expects nothing of an evaluation with {how}."
+        kind = f"an evaluation with {how}" if how else "this evaluation"
+        return f"The rung {rung.name} expects nothing of {kind}."
     lines = []
     for e in known:
         value = found.values[e.metric]
