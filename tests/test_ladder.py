@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import complaint
+from helpers import complaint, soflow
 from soflow_edu.config import load_config, make_config
 from soflow_edu.digits import Pictures
 from soflow_edu.ladder import evaluate_run, judge_pictures, rungs, train_run
@@ -57,3 +57,13 @@ def test_pictures_whose_data_set_names_no_features_ask_for_some():
     said = complaint(judge_pictures, x, nameless)
     assert "bars names no features" in said
     assert "random_filters" in said
+
+
+def test_points_of_many_dimensions_are_judged_by_their_exact_flow(tmp_path):
+    words = ("train", "d32", "steps=4", "batch=16", "--out", "run")
+    assert soflow(*words, folder=tmp_path).status == 0
+    done = soflow("evaluate", "run", folder=tmp_path)
+    assert done.status == 0 and "dopri5, exact velocity" in done.out
+    assert "expects nothing of this evaluation" in done.said
+    done = soflow("sample", "run", "--grid", "grid.png", folder=tmp_path)
+    assert done.status == 0 and (tmp_path / "grid.png").exists()
