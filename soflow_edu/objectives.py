@@ -550,14 +550,14 @@ ORACLES = {
         "SoFlow, exact velocity", AHEAD | EXACT, 5e-3, needs=TRUTH, oracle=True
     ),
     "exact_step": trial(
-        "SoFlow, exact velocity in the step only",
+        "SoFlow, exact step",
         AHEAD | EXACT_STEP,
         5e-3,
         needs=TRUTH,
         oracle=True,
     ),
     "exact_regression": trial(
-        "SoFlow, exact velocity regressed only",
+        "SoFlow, exact regression",
         AHEAD | EXACT_REGRESSION,
         5e-3,
         needs=TRUTH,
