@@ -1,5 +1,5 @@
 """Writes what Sphinx reads: the chapters as executed, the reference of the package,
-equations, configurations, gallery, related work.
+equations, configurations, gallery, related work, standings.
 
 python docs/pages.py FOLDER
 """
@@ -655,9 +655,8 @@ def front() -> str:
     for part, caption in PARTS.items():
         entries = [place(path) for path in chapters() if path.parent.name == part]
         lines += contents(caption, entries)
-    others = ["related", "configurations", "equations", "gallery", "reference"]
-
-    others = ["standings", "configurations", "equations", "gallery", "reference"]
+    others = ["related", "standings", "configurations", "equations", "gallery"]
+    others.append("reference")
     lines += contents("To look things up", others)
     return "\n".join(lines)
 

@@ -330,7 +330,8 @@ def built() -> dict[str, Page]:
 
 @needs_site
 def test_all_pages_are_there(built):
-    names = ["index", "related", "equations", "configurations", "gallery", "search"]
+    names = ["index", "related", "standings", "equations", "configurations"]
+    names += ["gallery", "search"]
     names += CHAPTERS
     names += [f"reference/{module}" for module in MODULES]
     assert {f"{name}.html" for name in names} <= built.keys()
