@@ -8,13 +8,13 @@ __all__ = [
     "COMMON",
     "SHARED",
     "METHODS",
-    "PROBLEMS",
+    "TASKS",
     "LogUniform",
     "Choice",
     "Knob",
     "Method",
     "Budget",
-    "Problem",
+    "Task",
     "Search",
     "search_table",
     "expected_best",
@@ -277,7 +277,7 @@ class Budget:
 
 # %% ../nbs/1_plane/20_search.ipynb #e411ac3c
 @dataclass(frozen=True)
-class Problem:
+class Task:
     "What is learned, from which configuration, at which cost."
 
     data: str  # a name of which law_of knows the law
@@ -290,15 +290,15 @@ class Problem:
         return replace(load_config(self.base), data=self.data, seed=seed, **length)
 
 
-PROBLEMS = {"plane": Problem("eight_gaussians")}
+TASKS = {"plane": Task("eight_gaussians")}
 
 
 # %% ../nbs/1_plane/20_search.ipynb #830306bb
-def problem_of(name: str) -> Problem:
-    "The problem of a name. Raises InputError if there is none."
-    if name not in PROBLEMS:
-        raise unknown("problem", name, PROBLEMS)
-    return PROBLEMS[name]
+def task_of(name: str) -> Task:
+    "The task of a name. Raises InputError if there is none."
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]
 
 
 def method_of(name: str) -> Method:
@@ -358,10 +358,10 @@ def failure(message: str, seconds: float) -> dict[str, Any]:
 @cache
 def warm_up(where: str, method: str) -> None:
     "Two steps that no budget pays for: torch loads much of itself at its first use."
-    problem = problem_of(where)
+    task = task_of(where)
     chosen = method_of(method)
-    setting = chosen.setting(problem.base, chosen.draw(0))
-    run_setting(setting, problem.config(None, 2), law_of(problem.data))
+    setting = chosen.setting(task.base, chosen.draw(0))
+    run_setting(setting, task.config(None, 2), law_of(task.data))
 
 
 # %% ../nbs/1_plane/20_search.ipynb #fedda180
@@ -369,7 +369,7 @@ def warm_up(where: str, method: str) -> None:
 class Place:
     "The place of a training in a search."
 
-    where: str  # name of the problem
+    where: str  # name of the task
     method: str
     stage: str  # "draw", "best", "fresh" or "steps"
     draw: int  # number of the draw that gave its settings
@@ -382,19 +382,19 @@ class Place:
     def setting(self) -> Setting:
         "What is trained."
         method = method_of(self.method)
-        return method.setting(problem_of(self.where).base, method.draw(self.draw))
+        return method.setting(task_of(self.where).base, method.draw(self.draw))
 
     @property
     def key(self) -> dict[str, Any]:
         "What the row is about, with the fingerprint of its settings."
-        problem = problem_of(self.where)
+        task = task_of(self.where)
         return vars(self) | {
             "study": f"search, {self.stage}",
-            "dataset": problem.data,
-            "base": problem.base,
+            "dataset": task.data,
+            "base": task.base,
             "setting": f"{self.method} {self.draw}",
             "knobs": method_of(self.method).draw(self.draw),
-            "recipe": fingerprint(self.setting, problem.base),
+            "recipe": fingerprint(self.setting, task.base),
         }
 
 
@@ -405,12 +405,12 @@ class Trial(Place):
 
     def run(self) -> dict[str, Any]:
         "Trains and judges. A training that diverges gives a row that says so."
-        problem = problem_of(self.where)
-        config = problem.config(self.seconds, self.steps, self.seed)
+        task = task_of(self.where)
+        config = task.config(self.seconds, self.steps, self.seed)
         warm_up(self.where, self.method)
         start = time.process_time()
         try:
-            model, took = run_setting(self.setting, config, law_of(problem.data))
+            model, took = run_setting(self.setting, config, law_of(task.data))
         except InputError as error:
             if not has_diverged(error):
                 raise
@@ -455,9 +455,9 @@ class Asked:
     "Which search is asked for."
 
     method: str
-    where: str = "plane"  # name of the problem
+    where: str = "plane"  # name of the task
     folder: str = "runs/search"  # where the rows are kept
-    budget: Budget | None = None  # that of the problem, if not given
+    budget: Budget | None = None  # that of the task, if not given
 
     @property
     def path(self) -> Path:
@@ -467,14 +467,14 @@ class Asked:
     @property
     def allowed(self) -> Budget:
         "The budget."
-        return self.budget or problem_of(self.where).budget
+        return self.budget or task_of(self.where).budget
 
     @property
     def command(self) -> str:
         "What one types to run it, or to go on with it."
         words = ["soflow bench search", f"--where {self.where}"]
         words += [f"--methods {self.method}", f"--folder {self.folder}"]
-        usual = vars(problem_of(self.where).budget)
+        usual = vars(task_of(self.where).budget)
         for name, value in vars(self.allowed).items():
             if value != usual[name]:
                 words.append(f"--{name} {value:g}")
@@ -550,15 +550,15 @@ class Search(Plan):
 # %% ../nbs/1_plane/20_search.ipynb #38ed466a
 def searches_of(
     methods: Iterable[str],
-    where: str,  # name of the problem
+    where: str,  # name of the task
     folder: str,  # for the rows
-    **limits: float | None,  # fields of the budget that differ from the problem's
+    **limits: float | None,  # fields of the budget that differ from the task's
 ) -> list[Search]:
     """The searches of some methods, none of which has begun.
 
     Raises InputError for a name that does not exist, and for what cannot be built."""
     given = {name: value for name, value in limits.items() if value is not None}
-    budget = replace(problem_of(where).budget, **given)
+    budget = replace(task_of(where).budget, **given)
     searches = [Search(name, where, folder, budget) for name in methods]
     for search in searches:
         search.check()

@@ -205,7 +205,7 @@ def test_a_strangers_method_is_searched(tmp_path, made_up):
         (("--where", "plain", "--methods", "soflow"), "plane"),
         (("--methods", "soflow", "--draws", "0"), "at least one of each"),
     ],
-    ids=["method", "problem", "budget"],
+    ids=["method", "task", "budget"],
 )
 def test_what_cannot_be_searched_is_refused(words, hint, tmp_path):
     done = soflow("bench", "search", *words, folder=tmp_path)
