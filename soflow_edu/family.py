@@ -34,7 +34,7 @@ from .flow_matching import (
     mse,
     noise_like,
 )
-from .objectives import MeanFlow
+from .objectives import MeanFlow, SelfDistillation
 from .paths import expand
 from .soflow import (
     RowLoss,
@@ -44,7 +44,6 @@ from .soflow import (
     first_rows,
     hidden,
     in_float32,
-    outputs,
     rows_of,
     total,
 )
@@ -88,27 +87,14 @@ def weighed(objective, error: torch.Tensor) -> RowLoss:
 # %% ../nbs/1_plane/19_family.ipynb #4f300f15
 @register("objective", "lagrangian")
 @dataclass
-class Lagrangian(SoFlow):
+class Lagrangian(SelfDistillation):
     """Flow matching and df/ds = v(f, s), by forward mode along s (Boffi, Albergo and
-    Vanden-Eijnden, arXiv 2505.18825); the schedule is not used."""
+    Vanden-Eijnden, arXiv 2505.18825)."""
 
     lam: float = 0.5  # share of the batch that trains the velocity, and its weight
 
-    def loss(
-        self, model: SolutionModel, batch: Batch, draws: Draws, progress: float
-    ) -> Loss:
-        "The loss of one step."
-        rows = rows_of(model, batch, draws)
-        still = rows[: draws.regressed]  # train the velocity
-        moving = rows[draws.regressed :]  # train the map
-        F_still, _ = outputs(model, still, len(still.t))
-        velocity = self.velocity_loss(model, still, F_still)
-        return total(self.shares(progress), velocity, self.map_loss(model, moving))
-
     def map_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
         "The Lagrangian residual of each row (eq. 1.19.1)."
-        if not len(rows.t):
-            return RowLoss(rows.t, rows.t)
         end, slope = derivative_at_end(model, rows)
         v = velocity_of_end(model, end, rows.s, rows)
         return weighed(self, mse(slope, v))
@@ -170,8 +156,6 @@ class LagrangianSteps(Lagrangian):
 
     def map_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
         "The residual of each row (eq. 1.19.2)."
-        if not len(rows.t):
-            return RowLoss(rows.t, rows.t)
         with in_float32(model, rows.xt) as exact:
             chord, middle = chord_of(exact, rows)
             v = velocity_of_end(exact, middle, (rows.s + rows.l) / 2, rows)
@@ -185,10 +169,8 @@ class ImprovedMeanFlow(MeanFlow):
     """Improved MeanFlow (arXiv 2512.02012): the derivative is along the model's own
     velocity, and the velocity that the map implies is regressed."""
 
-    def derivative_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
+    def map_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
         "The error of the implied velocity of each row (eq. 1.19.3)."
-        if not len(rows.t):
-            return RowLoss(rows.t, rows.t)
         with torch.no_grad():
             wanted = self.step(model, rows)
             own = model.velocity_at(rows.xt, rows.t, rows.y, **rows.extras)

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "SelfDistillation",
     "MeanFlow",
     "ConsistencyTraining",
     "Shortcut",
@@ -97,13 +98,10 @@ def derivative_along(
 
 
 # %% ../nbs/1_plane/13_objectives.ipynb #c2d9e5e2
-@register("objective", "meanflow")
 @dataclass
-class MeanFlow(SoFlow):
-    """MeanFlow (Geng et al., 2025): the derivative of the map along the velocity
-    instead of a difference; the schedule is not used."""
-
-    derivative = staticmethod(derivative_along)
+class SelfDistillation(SoFlow):
+    """Flow matching where s = t, and elsewhere a loss of the map, which a subclass
+    writes; the schedule is not used."""
 
     def loss(
         self, model: SolutionModel, batch: Batch, draws: Draws, progress: float
@@ -114,13 +112,26 @@ class MeanFlow(SoFlow):
         moving = rows[draws.regressed :]  # train the map
         F_still, _ = outputs(model, still, len(still.t))
         velocity = self.velocity_loss(model, still, F_still)
-        solution = self.derivative_loss(model, moving)
+        solution = RowLoss(moving.t, moving.t)
+        if len(moving.t):
+            solution = self.map_loss(model, moving)
         return total(self.shares(progress), velocity, solution)
 
-    def derivative_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
+    def map_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
+        "The loss of each row with s < t."
+        raise NotImplementedError
+
+
+@register("objective", "meanflow")
+@dataclass
+class MeanFlow(SelfDistillation):
+    """MeanFlow (Geng et al., 2025): the derivative of the map along the velocity
+    instead of a difference."""
+
+    derivative = staticmethod(derivative_along)
+
+    def map_loss(self, model: SolutionModel, rows: Rows) -> RowLoss:
         "The MeanFlow residual of each row, which is minus df/dt along the flow."
-        if not len(rows.t):
-            return RowLoss(rows.t, rows.t)
         with torch.no_grad():
             v = self.step(model, rows)
         F, q = self.derivative(model, rows, v)
@@ -134,7 +145,8 @@ class MeanFlow(SoFlow):
 @dataclass
 class ConsistencyTraining(SoFlow):
     """Discrete consistency training from scratch (Song et al., 2023), for the linear
-    path: f(x_t, t, 0) on a grid of times that doubles during training."""
+    path: f(x_t, t, 0) on a grid of times that doubles during training (Song and
+    Dhariwal, arXiv 2310.14189)."""
 
     lam: float = 0.0
     grid: tuple = (8, 128)  # intervals at the start and at the end
