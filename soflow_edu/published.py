@@ -409,20 +409,6 @@ def read_published(
     )
 
 
-# %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7-lines
-class ShortLines(io.BufferedReader):
-    "A file in which a name is a line, as in a pickle, and no name is endless."
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(4096)
-        if line and not line.endswith(b"\n"):
-            message = (
-                f"{self.name} is damaged: it holds an endless name. Copy it again."
-            )
-            raise InputError(message)
-        return line
-
-
 # %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7
 def check_plain(path: Path):
     "Raises InputError for a zip file that would be larger in memory than it is."
@@ -1695,3 +1681,17 @@ def parity_table(rows: Sequence[Compared]) -> str:
         lines.append(f"{row.file}: {row.what} is off by {error}")
     counts = f"{len(rows) - len(above)} within their limits, {len(above)} above."
     return "\n".join([*lines, "", f"{len(rows)} comparisons: {counts}"])
+
+
+# %% ../nbs/3_imagenet/04_published.ipynb #5b9cc6d7-lines
+class ShortLines(io.BufferedReader):
+    "A file in which a name is a line, as in a pickle, and no name is endless."
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(4096)
+        if line and not line.endswith(b"\n"):
+            message = (
+                f"{self.name} is damaged: it holds an endless name. Copy it again."
+            )
+            raise InputError(message)
+        return line
