@@ -131,6 +131,42 @@ def test_chapter_ends_with_three_exercises_whose_solutions_check_themselves(path
         assert "assert" in code or "raise AssertionError" in code
 
 
+ENDS = (
+    "## What to take along",
+    "## What comes next",
+    "## Three questions to test yourself",
+)
+
+
+@every(CHAPTERS)
+def test_chapter_ends_with_what_comes_next_and_three_questions(path):
+    last = book.read(path).cells[-1]
+    assert last.cell_type == "markdown"
+    places = [last.source.find(part) for part in ENDS]
+    assert -1 not in places and places == sorted(places)
+    asked, folded, answers = last.source[places[-1] :].partition("<details>")
+    assert folded and answers.endswith("</details>")
+    for part in (asked, answers):
+        assert re.findall(r"^(\d)\.", part, flags=re.M) == ["1", "2", "3"]
+
+
+LINK = re.compile(r"\]\(([^)#\s]+\.ipynb)")
+NAMED = re.compile(r"[Cc]hapters?(?:,? (?:and |or )?\*\w[\w -]*\*)+")
+
+
+@every(CHAPTERS)
+def test_chapters_named_in_prose_are_links_that_lead_somewhere(path):
+    known = {other.stem[3:].replace("_", " ") for other in CHAPTERS}
+    for cell in book.read(path).cells:
+        if cell.cell_type != "markdown":
+            continue
+        for target in LINK.findall(cell.source):
+            assert target.startswith("http") or (path.parent / target).exists(), target
+        for words in NAMED.findall(cell.source):
+            bare = {name.replace("_", " ") for name in re.findall(r"\*(.+?)\*", words)}
+            assert not bare & known, f"no link: {words}"
+
+
 @every(CHAPTERS)
 def test_solutions_are_folded(path):
     for cell in book.read(path).cells:
