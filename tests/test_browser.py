@@ -126,6 +126,10 @@ class Server:
     token: str
 
     @property
+    def cwd(self) -> Path:
+        return self.folder
+
+    @property
     def root(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -170,7 +174,7 @@ def running(server: Server) -> Iterator[subprocess.Popen]:
     with open(server.log, "w") as log:
         process = subprocess.Popen(
             server.command,
-            cwd=server.folder,
+            cwd=server.cwd,
             env=os.environ | places | {"OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=log,
