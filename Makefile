@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 LOWEST := .venv-lowest
 
-.PHONY: demo check test test-all lowest campaign docs browser lab teach notebooks export readme clean
+.PHONY: demo check test test-all lowest campaign docs slides browser lab teach notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
@@ -61,6 +61,19 @@ docs: $(SITE) docs/node_modules/.installed
 	rm -rf docs/_build/site
 	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d docs/_build/pages/.doctrees docs/_build/pages docs/_build/site
 	@echo "The site is in docs/_build/site: open docs/_build/site/index.html."
+
+# One deck for each week of the unit in nbs/assignments/instructors.md, in
+# docs/_build/slides, with all that they load beside them. Press s for the spoken notes.
+DECKS := docs/_build/slides
+
+slides: $(STAMP) docs/node_modules/.installed
+	rm -rf $(DECKS)
+	mkdir -p $(DECKS)/mathjax $(DECKS)/reveal.js/plugin
+	cp docs/node_modules/mathjax/es5/tex-svg.js $(DECKS)/mathjax
+	cp -r docs/node_modules/reveal.js/dist $(DECKS)/reveal.js
+	cp -r docs/node_modules/reveal.js/plugin/notes $(DECKS)/reveal.js/plugin
+	cd nbs/slides && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level WARN --config deck.json --to slides --output-dir ../../$(DECKS) week_*.ipynb
+	@echo "The slides are in $(DECKS): open $(DECKS)/week_1.slides.html."
 
 $(SITE): $(STAMP)
 	$(INSTALL) --editable '.[site,play]'
