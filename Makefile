@@ -72,7 +72,7 @@ slides: $(STAMP) docs/node_modules/.installed
 	cp docs/node_modules/mathjax/es5/tex-svg.js $(DECKS)/mathjax
 	cp -r docs/node_modules/reveal.js/dist $(DECKS)/reveal.js
 	cp -r docs/node_modules/reveal.js/plugin/notes $(DECKS)/reveal.js/plugin
-	cd nbs/slides && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level WARN --config deck.json --to slides --output-dir ../../$(DECKS) week_*.ipynb
+	cd nbs/slides && $(abspath $(BIN))/jupyter nbconvert --log-level WARN --config deck.json --to slides --output-dir $(abspath $(DECKS)) week_*.ipynb
 	@echo "The slides are in $(DECKS): open $(DECKS)/week_1.slides.html."
 
 $(SITE): $(STAMP)

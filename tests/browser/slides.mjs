@@ -22,16 +22,15 @@ for (let i = 0; i < total; i++) {
   await page.waitForTimeout(150);
   slides.push(await page.evaluate(() => {
     const slide = Reveal.getCurrentSlide();
-    const room = Reveal.getComputedSlideSize();
-    const parts = [...slide.querySelectorAll("h1, h2, p, li, td, img, pre, mjx-container")].filter(node => !node.closest("aside"));
+    const parts = [...slide.querySelectorAll("h1, h2, p, li, td, img, pre, mjx-container svg")].filter(node => !node.closest("aside"));
     const scale = Reveal.getScale();
     const place = slide.getBoundingClientRect();
     const low = Math.max(...parts.map(node => (node.getBoundingClientRect().bottom - place.top) / scale));
     const right = Math.max(...parts.map(node => (node.getBoundingClientRect().right - place.left) / scale));
     return {
       title: slide.querySelector("h1, h2").innerText,
-      low: low / room.presentationHeight,
-      right: right / (slide.offsetWidth),
+      low: low / Reveal.getConfig().height,
+      right: right / Reveal.getConfig().width,
       raw: parts.some(node => /\$|\\[a-z]+/.test(node.innerText)),
       notes: slide.querySelector("aside.notes")?.textContent.trim().length ?? 0,
     };
