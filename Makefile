@@ -1,4 +1,5 @@
-# make demo | test | test-all | lowest | campaign | docs | browser | lab | notebooks | export | readme.
+# make demo | test | test-all | lowest | campaign | docs | slides | browser | lab | teach |
+# notebooks | export | readme.
 # Each sets up what it needs; a second run installs nothing.
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 LOWEST := .venv-lowest
 
-.PHONY: demo check test test-all lowest campaign docs browser lab notebooks export readme clean
+.PHONY: demo check test test-all lowest campaign docs slides browser lab teach notebooks export readme clean
 
 demo: $(STAMP)
 	$(BIN)/soflow demo --out runs/demo
@@ -61,6 +62,19 @@ docs: $(SITE) docs/node_modules/.installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d docs/_build/pages/.doctrees docs/_build/pages docs/_build/site
 	@echo "The site is in docs/_build/site: open docs/_build/site/index.html."
 
+# One deck for each week of the unit in nbs/assignments/instructors.md, in
+# docs/_build/slides, with all that they load beside them. Press s for the spoken notes.
+DECKS := docs/_build/slides
+
+slides: $(STAMP) docs/node_modules/.installed
+	rm -rf $(DECKS)
+	mkdir -p $(DECKS)/mathjax $(DECKS)/reveal.js/plugin
+	cp docs/node_modules/mathjax/es5/tex-svg.js $(DECKS)/mathjax
+	cp -r docs/node_modules/reveal.js/dist $(DECKS)/reveal.js
+	cp -r docs/node_modules/reveal.js/plugin/notes $(DECKS)/reveal.js/plugin
+	cd nbs/slides && $(abspath $(BIN))/jupyter nbconvert --log-level WARN --config deck.json --to slides --output-dir $(abspath $(DECKS)) week_*.ipynb
+	@echo "The slides are in $(DECKS): open $(DECKS)/week_1.slides.html."
+
 $(SITE): $(STAMP)
 	$(INSTALL) --editable '.[site,play]'
 	touch $@
@@ -76,8 +90,15 @@ browser: docs/node_modules/.installed
 	command -v chromium || command -v chromium-browser || command -v google-chrome || { SUDO=$$(test "$$(id -u)" = 0 || echo "sudo -n"); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium; }
 	test -e tests/browser/node_modules/playwright-core || npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/browser
 
+# The course in JupyterLab. `lab` is for a learner: docs/lab turns off the news and the
+# menus of nbgrader, for this server only. `teach` has them.
+LAB = $(BIN)/jupyter lab --ServerApp.root_dir=nbs nbs/0_start/00_start.ipynb
+
 lab: $(STAMP)
-	$(BIN)/jupyter lab --ServerApp.root_dir=nbs nbs/0_start/00_start.ipynb
+	JUPYTER_CONFIG_PATH="$(CURDIR)/docs/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(LAB)
+
+teach: $(STAMP)
+	$(LAB)
 
 notebooks: export
 	$(BIN)/python nbs/book.py run $(NOTEBOOKS)

@@ -370,7 +370,7 @@ def run_readme():
 
 def run_links():
     for path in notebooks():
-        if path.parent != NOTEBOOKS:
+        if path.parent not in (NOTEBOOKS, NOTEBOOKS / "slides"):
             set_links(path, git_url())
 
 

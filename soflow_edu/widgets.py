@@ -578,6 +578,41 @@ function listenToPointer(view) {
 }
 """
 
+# %% ../nbs/1_plane/18_widgets.ipynb #5fb62e5a
+BUSY_JS = """
+const PATIENCE = 500;  // milliseconds
+const BUSY = "The kernel is busy, or it was ended. If it is busy, the picture follows "
+  + "when it is done. If it was ended, run this cell again.";
+
+function waiting({controls, model}) {
+  const set = model.get("values");
+  const answered = model.get("answered");
+  return controls.some(
+    ({name, step}) => Math.abs(set[name] - answered[name]) > step / 2
+  );
+}
+
+// Returns what to do when values change, and what when the kernel has answered.
+function patience(view) {
+  let timer = 0;
+  const say = () => {
+    timer = 0;
+    view.busy.textContent = waiting(view) ? BUSY : "";
+  };
+  const changed = () => {
+    if (!waiting(view)) view.busy.textContent = "";
+    else if (!timer) timer = setTimeout(say, PATIENCE);
+  };
+  const answered = () => {
+    clearTimeout(timer);
+    timer = 0;
+    view.busy.textContent = "";
+    changed();
+  };
+  return {changed, answered};
+}
+"""
+
 # %% ../nbs/1_plane/18_widgets.ipynb #cdbeed82
 RENDER_JS = """
 function nodesOf(model, el) {
@@ -586,12 +621,14 @@ function nodesOf(model, el) {
   const side = part("div", "soflow-side", root);
   const key = part("div", "soflow-key", side);
   const words = part("p", "soflow-text", side);
+  const busy = part("p", "soflow-busy", side);
   const sliders = part("div", "soflow-controls", side);
   for (const [node, role] of [[root, "group"], [picture, "img"]]) {
     node.setAttribute("role", role);
     node.setAttribute("aria-label", model.get("about"));
   }
-  return {root, picture, key, words, sliders};
+  busy.setAttribute("role", "status");
+  return {root, picture, key, words, busy, sliders};
 }
 
 function viewOf(model, el) {
@@ -616,8 +653,14 @@ function watch(view) {
   const size = new ResizeObserver(redraw);
   const theme = new MutationObserver(redraw);
   const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const changes = ["change:scene", "change:values"];
-  for (const change of changes) view.model.on(change, redraw);
+  const {changed, answered} = patience(view);
+  const changes = [
+    ["change:scene", redraw],
+    ["change:values", redraw],
+    ["change:values", changed],
+    ["change:answered", answered],
+  ];
+  for (const [change, act] of changes) view.model.on(change, act);
   size.observe(view.root);
   for (const node of [document.body, document.documentElement]) {
     theme.observe(node, {attributes: true});
@@ -627,7 +670,7 @@ function watch(view) {
     size.disconnect();
     theme.disconnect();
     scheme.removeEventListener("change", redraw);
-    for (const change of changes) view.model.off(change, redraw);
+    for (const [change, act] of changes) view.model.off(change, act);
   };
 }
 
@@ -661,6 +704,7 @@ STYLE = """
 .soflow-key { display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .soflow-item { display: inline-flex; align-items: center; gap: 6px; }
 .soflow-text { margin: 8px 0; min-height: 2.6em; line-height: 1.3; }
+.soflow-busy { margin: 0 0 6px; min-height: 1.3em; font-weight: 600; }
 .soflow-controls {
   display: grid;
   grid-template-columns: repeat(auto-fit, minmax(250px, 1fr));
@@ -779,6 +823,7 @@ PAGE_JS = "\n".join(
         KEY_JS,
         DRAW_JS,
         DRAG_JS,
+        BUSY_JS,
         RENDER_JS,
     )
 )
@@ -807,6 +852,7 @@ def page_class() -> type:
         controls = List().tag(sync=True)
         drag = List().tag(sync=True)
         values = Dict().tag(sync=True)
+        answered = Dict().tag(sync=True)
         scene = Dict().tag(sync=True)
         colours = Dict().tag(sync=True)
 
@@ -881,6 +927,7 @@ def tell_page(live: Any, values: dict[str, float], scene: Scene) -> None:
     "Sends new values and their scene to a live widget, both at once."
     with live.hold_sync():
         live.values = values
+        live.answered = values
         live.scene = message(scene)
 
 
@@ -895,6 +942,7 @@ def open_page(interactive: "Interactive"):
         play=interactive.play,
         colours=COLOURS,
         values=interactive.values,
+        answered=interactive.values,
         scene=message(interactive.scene()),
     )
     live.observe(lambda change: interactive.set(**change.new), "values")

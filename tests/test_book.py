@@ -11,7 +11,7 @@ import pytest
 import book
 import digests
 import house
-from helpers import ROOT, program
+from helpers import ROOT, cpu_seconds, program
 
 NOTEBOOKS = book.notebooks()
 ASSIGNMENTS = [path for path in NOTEBOOKS if path.parent.name == "assignments"]
@@ -49,6 +49,10 @@ def outputs(path: Path) -> list:
     for cell in book.code_cells(book.read(path)):
         found += cell.outputs
     return found
+
+
+def pictures_of(cell) -> list:
+    return [output for output in cell.outputs if "image/png" in output.get("data", {})]
 
 
 def pictures(path: Path) -> list:
@@ -99,6 +103,27 @@ def test_form(path):
         assert alt.endswith("."), "a figure has no sentence of alternative text"
 
 
+def test_the_first_figure_of_the_course_comes_within_fifteen_seconds():
+    "CPU seconds of a process that runs the first page up to its first figure."
+    sources = book.sources(book.read(chapter("00_start")))
+    first = [source.startswith("show(") or "\nshow(" in source for source in sources]
+    until = sources[: first.index(True) + 1]
+    assert "train(" not in "\n".join(until)
+    assert cpu_seconds("-c", "\n".join(until)) < 15
+
+
+def test_things_to_drag_are_five_cells_and_begin_with_a_widget():
+    from soflow_edu import widgets
+
+    cells = book.read(chapter("00_things_to_drag")).cells
+    kinds = [cell.cell_type for cell in cells]
+    assert kinds == ["markdown", "code", "markdown", "code", "markdown"]
+    for cell in book.code_cells(book.read(chapter("00_things_to_drag"))):
+        builder = cell.source.splitlines()[-1].removesuffix("()")
+        assert callable(getattr(widgets, builder))
+        assert len(pictures_of(cell)) == 1, "nothing to see without a kernel"
+
+
 @every(CHAPTERS)
 def test_chapter_has_its_parts(path):
     notebook = book.read(path)
@@ -124,7 +149,12 @@ def solutions(path: Path) -> list[str]:
     return found
 
 
-@every([path for path in CHAPTERS if path.stem != "00_start"])
+# The first page has a self-test in the place of exercises. The second one is five cells
+# to play with before any theory: what there is to do is dragged, not written.
+WITHOUT_EXERCISES = ("00_start", "00_things_to_drag")
+
+
+@every([path for path in CHAPTERS if path.stem not in WITHOUT_EXERCISES])
 def test_chapter_ends_with_three_exercises_whose_solutions_check_themselves(path):
     assert len(solutions(path)) == 3
     for code in solutions(path):
@@ -165,6 +195,59 @@ def test_chapters_named_in_prose_are_links_that_lead_somewhere(path):
         for words in NAMED.findall(cell.source):
             bare = {name.replace("_", " ") for name in re.findall(r"\*(.+?)\*", words)}
             assert not bare & known, f"no link: {words}"
+
+
+GLOSSARY = re.compile(r"^- \*\*(.+?)\*\*(.+)$", flags=re.M)
+# What must be explained to those who read chapters paths to objectives.
+EXPLAINED = (
+    "oracle",
+    "score",
+    "heun",
+    "dopri5",
+    "jvp",
+    "vmap",
+    "stop-gradient",
+    "ema",
+    "posterior",
+    "semigroup",
+    "grönwall",
+    "adaln",
+    "primal",
+    "latent",
+    "classifier-free",
+    "bench",
+    "stratified",
+)
+
+
+def glossary() -> list[tuple[str, str]]:
+    "The entries of the first page, each a name and what is said of it."
+    for cell in book.read(chapter("00_start")).cells:
+        if cell.cell_type == "markdown" and "## Glossary" in cell.source:
+            part = cell.source.partition("## Glossary")[2].partition("\n## ")[0]
+            return GLOSSARY.findall(part)
+    raise AssertionError("no glossary")
+
+
+def test_glossary_goes_from_a_to_z_and_is_complete():
+    keys = [name.strip("`").lower() for name, _ in glossary()]
+    assert keys == sorted(keys) and len(keys) == len(set(keys))
+    text = "\n".join(keys)
+    missing = [word for word in EXPLAINED if word not in text]
+    assert not missing
+
+
+def test_glossary_leads_to_chapters_that_use_the_word():
+    for name, says in glossary():
+        targets = LINK.findall(says)
+        assert targets, name
+        words = [name.strip("`"), *name.strip("`").split(", ")]
+        stem = words[-1].lower().removesuffix("'s method").removesuffix("s")
+        for target in targets:
+            path = chapter(Path(target).stem)
+            text = "\n".join(cell.source for cell in book.read(path).cells)
+            text = text.lower().replace("-", " ")
+            assert stem.replace("-", " ") in text, f"{name}: {path.stem}"
 
 
 @every(CHAPTERS)

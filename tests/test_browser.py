@@ -64,6 +64,9 @@ CELLS = [
     "film = training_film()\nfilm",
     "print(noise.values, film.values)",
     "from IPython.display import IFrame\nIFrame('play.html', width='100%', height=760)",
+    # One call that does not let go: a recent kernel answers widgets beside a cell that
+    # sleeps, in a thread of their own.
+    "print(sum(range(500_000_000)))",
 ]
 NEWS = "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
 PLACES = (
@@ -123,6 +126,10 @@ class Server:
     token: str
 
     @property
+    def cwd(self) -> Path:
+        return self.folder
+
+    @property
     def root(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -167,7 +174,7 @@ def running(server: Server) -> Iterator[subprocess.Popen]:
     with open(server.log, "w") as log:
         process = subprocess.Popen(
             server.command,
-            cwd=server.folder,
+            cwd=server.cwd,
             env=os.environ | places | {"OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=log,
@@ -236,6 +243,14 @@ def check_film(seen: dict):
     assert "'frame': 0" in seen["printed"]
 
 
+def check_busy(seen: dict):
+    "While the kernel counts, the widget says so; afterwards it has followed."
+    waiting = seen["busy"]
+    assert seen["quiet"] == "" and waiting["said"].startswith("The kernel is busy")
+    assert waiting["words"] == waiting["before"], "the kernel was not busy"
+    assert seen["awake"].startswith("After 6,000 of 6,000")
+
+
 def test_widgets_and_the_page_to_play_with_answer(jupyter):
     lab = jupyter.application == "lab"
     seen = driven(
@@ -247,6 +262,7 @@ def test_widgets_and_the_page_to_play_with_answer(jupyter):
     )
     check_noise(seen)
     check_film(seen)
+    check_busy(seen)
     runs = "learned map, one evaluation: (1.5" in seen["inside"]
     assert runs, "the page of chapter play does not run inside the notebook"
     if lab:

@@ -268,6 +268,67 @@ def test_page_and_kernel_move_a_place_to_the_same_step():
     assert on_page(widgets.DRAG_JS, outside) == [control.low, control.high]
 
 
+# A clock that is wound by hand, one slider, and what the page says of the kernel.
+BUSY_PAGE = """
+let now = 0;
+let bells = [];
+globalThis.setTimeout = (call, wait) => bells.push([now + wait, call]);
+globalThis.clearTimeout = number => delete bells[number - 1];
+const state = {values: {x: 0}, answered: {x: 0}};
+const view = {
+  controls: [{name: "x", step: 0.1}],
+  model: {get: name => state[name]},
+  busy: {textContent: ""},
+};
+const kernel = patience(view);
+const said = [];
+function wind(time) {
+  now += time;
+  bells.forEach(([due, call], i) => {
+    if (due > now) return;
+    delete bells[i];
+    call();
+  });
+  said.push(view.busy.textContent === BUSY);
+}
+function move(x) { state.values = {x}; kernel.changed(); }
+function answer(x) { state.answered = {x}; kernel.answered(); }
+"""
+
+
+@NEEDS_NODE
+@pytest.mark.parametrize(
+    "what, seen",
+    [
+        ("move(1); wind(499); wind(1);", [False, True]),
+        # an answer in time, and one that comes late
+        ("move(1); wind(100); answer(1); wind(900);", [False, False]),
+        ("move(1); wind(600); answer(1); wind(900);", [True, False]),
+        # a drag that goes on: the first value waits, however many follow
+        ("move(1); wind(300); move(2); wind(300);", [False, True]),
+        # each answer of a slow kernel starts the wait anew
+        ("move(1); wind(300); move(2); answer(1); wind(300); wind(300);", [0, 0, 1]),
+        # back where the kernel is, and a value between two steps
+        ("move(1); wind(600); move(0); wind(0);", [True, False]),
+        ("move(0.04); wind(900);", [False]),
+    ],
+)
+def test_the_page_says_when_the_kernel_is_busy(what, seen):
+    script = widgets.BUSY_JS + BUSY_PAGE + what
+    assert on_page(script, "said.map(Number)") == [int(now) for now in seen]
+
+
+def test_the_kernel_says_which_values_it_has_answered(interactive):
+    live = interactive.widget
+    start = interactive.values
+    moved = {name: control.high for name, control in interactive.controls.items()}
+    assert live.answered == start
+    live.values = moved
+    assert live.answered == moved == interactive.values
+    interactive.set(**start)
+    assert live.answered == start
+
+
 # -------------------------------------------------------------------- each of them
 def test_numbers_in_words_are_those_of_the_exact_map():
     model, flow = widgets.trained_pair()

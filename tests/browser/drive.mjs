@@ -39,6 +39,7 @@ function widget(i) {
     canvas,
     sliders: root.locator("input"),
     words: () => root.locator(".soflow-text").innerText(),
+    busy: () => root.locator(".soflow-busy").innerText(),
     picture: () => canvas.evaluate(node => node.toDataURL()),
     values: () => root.locator("input").evaluateAll(nodes => nodes.map(node => Number(node.value))),
     // The kernel has answered when the words name the values of the sliders and stay as they are.
@@ -107,6 +108,20 @@ for (const key of ["End", "Home"]) {
 // The kernel's own values, printed by the third cell.
 await run(2);
 seen.printed = await cell(2).locator(".jp-OutputArea-output").innerText();
+
+// The kernel counts in the fifth cell: the second widget says that it waits, until it is answered.
+seen.quiet = await film.busy();
+await cell(4).locator(".cm-content").click();
+await page.keyboard.press("Control+Enter");
+await until("a busy kernel", async () => (await cell(4).locator(".jp-InputPrompt").innerText()).includes("[*]"));
+const beforeCount = await film.words();
+await film.sliders.nth(0).focus();
+await page.keyboard.press("End");
+await until("the widget to say that the kernel is busy", async () => await film.busy() !== "");
+seen.busy = { said: await film.busy(), words: await film.words(), before: beforeCount };
+if (shots) await page.locator(".soflow").nth(1).screenshot({ path: `${shots}/busy-${lab ? "lab" : "notebook"}.png` });
+await until("the widget to be answered", async () => await film.busy() === "");
+seen.awake = await film.words();
 
 // The page of chapter play, in a frame below the fourth cell.
 await run(3);
