@@ -119,6 +119,7 @@ class Mirrored(Unnoticed):
         return super().loss(model, noise_as_data, data_as_noise, progress)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #46929b27
 class UniformNoise(Unnoticed):
     "SoFlow whose noise is uniform on [0, 1]: torch.rand in place of torch.randn."
 
@@ -141,6 +142,7 @@ class Changed:
         return self.change(x0, y, generator)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #a1416f77
 def with_other_labels(x0, y, generator):
     "The points, and their labels in another order."
     return x0, y[torch.randperm(len(y), generator=generator)]
@@ -185,6 +187,7 @@ def s_for_span(t, d):
     return t, t - d
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #b3daaf88
 def timeless(t, d):
     "The network has no time among its inputs."
     return torch.zeros_like(t), torch.zeros_like(d)
@@ -204,6 +207,7 @@ class BackwardCoefficients(EulerCoefficients):
         return t - s
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #34e8fef9
 @dataclass(frozen=True)
 class BackwardReadOut(EulerCoefficients):
     "Euler coefficients, but the velocity is read out with the wrong sign."
@@ -343,6 +347,7 @@ def as_given(part):
     return part
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #6987c5c7
 def train_recipe(recipe: dict[str, Any]) -> Run:
     "Trains by a recipe; nothing of the ward is added."
     settings = dict(recipe)
@@ -423,12 +428,12 @@ def draw_times(
     like: torch.Tensor,  # for type and device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (4 count,) each
     "Times t and s of the jumps, and numbers from 0 to 1 that place them."
-    u, v = torch.rand(2, len(JUMP_LENGTHS) * count, generator=generator).to(like)
+    u, place = torch.rand(2, len(JUMP_LENGTHS) * count, generator=generator).to(like)
     lengths = torch.tensor(list(JUMP_LENGTHS.values()))
     low, high = lengths.repeat_interleave(count, 0).T.to(like)
     d = low + (high - low) * u
-    s = v * (1 - d)
-    return (s + d).clamp(max=1.0), s, v
+    s = place * (1 - d)
+    return (s + d).clamp(max=1.0), s, place
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #ee1de7a5
@@ -484,10 +489,10 @@ class Probe(Supply):
 
     def __init__(self, x1, y=None, **known):  # as those of Supply
         super().__init__(x1, y, **known)
-        self.t, self.s, v = draw_times(self.count, self.generator(1), self.x1)
+        self.t, self.s, place = draw_times(self.count, self.generator(1), self.x1)
         self.x = self.points(self.t, 2)
         earliest = 0.3 if self.flow is None else 0.1
-        self.tv = earliest + (1 - earliest) * v  # where the velocity is asked for
+        self.tv = earliest + (1 - earliest) * place  # where the velocity is asked for
         self.xv = self.points(self.tv, 3)
 
     def points(self, t: torch.Tensor, stream: int) -> torch.Tensor:  # (4 count, ...)
@@ -592,6 +597,7 @@ class MirrorView(View):
         return -self.model.velocity(x, 1 - t, y)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #072158df
 class PointView(View):
     "The map x + (s - t) u of a model that returns u, the mean velocity."
 
@@ -621,6 +627,7 @@ def given(model, times: Callable) -> Callable:
     return net
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #ea38da3d
 def next_label(model) -> Callable:
     "The call of a model's network with the label after the one that is asked for."
     classes: Any = model.net.classes
@@ -700,6 +707,7 @@ def noise_end(view: View, probe: Probe) -> float:
     return ratio(gap, scale * (x - other))
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #28abf2f4
 def data_end(view: View, probe: Probe) -> float:
     "Error of v(x, 0), which is known for every law of data."
     zero = torch.tensor(0.0, dtype=torch.float64)
@@ -708,7 +716,7 @@ def data_end(view: View, probe: Probe) -> float:
     x = probe.x0
     if x is None:
         x = probe.points(torch.zeros_like(probe.t), 4)
-    gap = view.velocity(x, 0.0, probe.y) - rate * x  # eq. 1.17.6
+    gap = view.velocity(x, 0.0, probe.y) - rate * x  # eq. 1.17.4
     return ratio(gap, scale * x)
 
 
@@ -722,6 +730,12 @@ def velocity_parts(path, x, t) -> tuple[torch.Tensor, torch.Tensor]:  # (B, ...)
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #d0b30319
+def shared_weight(logits: torch.Tensor) -> torch.Tensor:  # (n, pool) -> (n,)
+    "How many data share the weight of a point."
+    return 1 / logits.softmax(1).pow(2).sum(1)
+
+
+# %% ../nbs/1_plane/17_diagnosis.ipynb #1d6804a2
 class Posterior:
     "A pool of data, and the logits of their posterior weights at a probe's points."
 
@@ -753,8 +767,7 @@ class Posterior:
 
     def reliable(self) -> bool:
         "Whether more than twenty data share the weight at most points."
-        shared = 1 / self.logits.softmax(1).pow(2).sum(1)
-        return shared.median().item() > 20
+        return shared_weight(self.logits).median().item() > 20
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #022716a6
@@ -767,6 +780,7 @@ def known_velocity(probe: Probe, y) -> torch.Tensor | None:  # y (n,), or None f
     return probe.posterior.mean(probe.posterior.logits_given(y))
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #165110cf
 def learn_truth(view: View, probe: Probe):
     "Fills in the velocity, the posterior and the target of a probe, where it can."
     if probe.source is not None:
@@ -789,8 +803,8 @@ def velocity_error(view: View, probe: Probe) -> float:
 # %% ../nbs/1_plane/17_diagnosis.ipynb #7f0a7f93
 def one_round(posterior: Posterior, z, p: float = 1.0, eps: float = 0.01):  # (n, ...)
     "The mean of the conditional velocities, reweighted by their distance from z."
-    log_w = -p * (posterior.squares(z) + eps).log()
-    return posterior.mean(posterior.logits + log_w)  # eq. 1.17.4
+    log_omega = -p * (posterior.squares(z) + eps).log()
+    return posterior.mean(posterior.logits + log_omega)  # eq. 1.17.5
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #9a7d8556
@@ -806,7 +820,7 @@ def moved_by_round(view: View, probe: Probe) -> float:
 # %% ../nbs/1_plane/17_diagnosis.ipynb #60956794
 def bend(f, straight, target) -> float:  # (B, ...) each
     "The share of the way from the straight step to the truth."
-    return ratio_along(f - straight, target - straight)  # eq. 1.17.5
+    return ratio_along(f - straight, target - straight)  # eq. 1.17.6
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #24cd8777
@@ -837,6 +851,7 @@ def other_label(y: torch.Tensor) -> torch.Tensor:  # (n,)
     return (y + 1) % (int(y.max()) + 1)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #fb194b7c
 def reactions(view: View, probe: Probe) -> dict[str, float]:
     "How far F moves with t, with t - s and with the label, relative to its size."
     x, t, s, y, _ = probe.question("short", "middle", "long")
@@ -846,11 +861,11 @@ def reactions(view: View, probe: Probe) -> dict[str, float]:
     if rms(F) < 1e-6:
         return {}
     d = t - s
-    u, v = torch.rand(2, len(x), generator=probe.generator(10)).to(t)
+    u, place = torch.rand(2, len(x), generator=probe.generator(10)).to(t)
     other_t = d + u * (1 - d)
     found = {
         "hears_t": ratio(view.F(x, other_t, other_t - d, y) - F, F),
-        "hears_span": ratio(view.F(x, t, v * t, y) - F, F),
+        "hears_span": ratio(view.F(x, t, place * t, y) - F, F),
     }
     if y is not None:
         found["hears_y"] = ratio(view.F(x, t, s, other_label(y)) - F, F)
@@ -885,6 +900,7 @@ def moved_and_scaled(x0, y, generator, *, factor, centre, to):
     return to + factor * (x0 - centre), y
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #4d71aed4
 def in_its_units(view: View, probe: Probe) -> float:
     "Error of the velocity, if the data had mean and spread of the samples in one step."
     if probe.source is None or probe.x0 is None:
@@ -914,6 +930,7 @@ def to_the_law(view: View, probe: Probe, x1, s: float) -> float:  # x1 (4 count,
     return wasserstein(ends[:n], law[:n]) / fresh
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #9b8dff39
 def other_origins(view: View, probe: Probe) -> dict[str, float]:
     "What becomes of the errors with data in other units, and with uniform noise."
     if probe.x0 is None:
@@ -1073,6 +1090,7 @@ def learns(objective: dict[str, Any]) -> str:  # "map" or "velocity"
     return kind if isinstance(kind, str) else "map"
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #a95ee1f0
 def uses_schedule(objective: dict[str, Any]) -> bool:
     "Whether the loss of an objective has an r."
     return learns(objective) == "map" and objective.get("name") not in WITHOUT_R
@@ -1125,6 +1143,7 @@ def coverage(run: Run | None) -> float:
     return near.float().mean().item()
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #d0ebd9e1
 def reach(run: Run) -> float:
     "How often the fifth of [0, 1] is drawn that is drawn least; 1 for uniform times."
     if not isinstance(run.objective.get("times"), dict):
@@ -1269,6 +1288,7 @@ class Reason:
         return all(holds(condition, m) for condition in self.when)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #67efcb08
 @dataclass(frozen=True)
 class Pattern:
     "What a bug leaves behind."
@@ -1842,6 +1862,7 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
+# %% ../nbs/1_plane/17_diagnosis.ipynb #7efb0394
 def verdict_words(
     pattern: Pattern,
     m: dict[str, float],  # measurements
