@@ -729,17 +729,11 @@ def velocity_parts(path, x, t) -> tuple[torch.Tensor, torch.Tensor]:  # (B, ...)
     return A, Cx
 
 
-# %% ../nbs/1_plane/17_diagnosis.ipynb #d0b30319
-def shared_weight(logits: torch.Tensor) -> torch.Tensor:  # (n, pool) -> (n,)
-    "How many data share the weight of a point."
-    return 1 / logits.softmax(1).pow(2).sum(1)
-
-
 # %% ../nbs/1_plane/17_diagnosis.ipynb #1d6804a2
-class Posterior:
-    "A pool of data, and the logits of their posterior weights at a probe's points."
+class Pool:
+    "Data, and the points and times of a probe, in float64."
 
-    def __init__(self, probe: Probe, pool: int = 2000):
+    def __init__(self, probe: Probe, pool: int):
         data, labels = probe.source.sample(pool, probe.generator(7))
         self.path = probe.path
         self.x = probe.xv.double()  # (n, ...)
@@ -747,6 +741,19 @@ class Posterior:
         self.dtype = probe.xv.dtype
         self.data = data.to(self.x)  # (pool, ...)
         self.labels = labels
+
+
+def shared_weight(logits: torch.Tensor) -> torch.Tensor:  # (n, pool) -> (n,)
+    "How many data share the weight of a point."
+    return 1 / logits.softmax(1).pow(2).sum(1)
+
+
+# %% ../nbs/1_plane/17_diagnosis.ipynb #bc456430
+class Posterior(Pool):
+    "A pool of data, and the logits of their posterior weights at a probe's points."
+
+    def __init__(self, probe: Probe, pool: int = 2000):
+        super().__init__(probe, pool)
         self.logits = self.logits_given(probe.y)
 
     def logits_given(self, y: torch.Tensor | None) -> torch.Tensor:  # (n, pool)
@@ -2003,16 +2010,20 @@ def last_weights(run: Run) -> SolutionModel | None:
 def truth_of(
     run: Run,
     against: str = "",  # data set that is the measure; that of the run if not given
-) -> ExactFlow | None:
-    """The exact flow of a run that was trained on a toy.
+) -> dict[str, Any]:  # {"flow": ...} or {"data": ...} for `diagnose`; {} for pictures
+    """The measure of a run that was trained on a toy: the exact flow of a mixture.
 
-    Raises InputError if nobody knows on which data it was trained."""
+    A toy that is drawn as points is known by these, and its flow would lead to each
+    of them. Raises InputError if nobody knows on which data the run was trained."""
     data = against or run.config.data
     name = data.get("name") if isinstance(data, dict) else data
     known = name in names("data")
     if not known and name not in (None, GIVEN):
-        return None
-    return ExactFlow(law_of(data), run.model.path, rtol=1e-5)
+        return {}
+    law = law_of(data)
+    if isinstance(law, FiniteSet):
+        return {"data": law}
+    return {"flow": ExactFlow(law, run.model.path, rtol=1e-5)}
 
 
 # %% ../nbs/1_plane/17_diagnosis.ipynb #ae17d86c
@@ -2170,7 +2181,9 @@ def diagnose(
         raw = last_weights(run)
         model = trained(run)
         if flow is None and data is None:
-            flow = truth_of(run, against)
+            truth = truth_of(run, against)
+            flow = truth.get("flow")
+            data = truth.get("data")
     check_model(model, flow, data, count)
     with evaluating(model), evaluating(raw):
         probe = probe_of(model, flow, data, x1, y, count, seed)
