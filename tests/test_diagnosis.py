@@ -1,6 +1,7 @@
 """Each broken model gets its own verdict and each healthy one a clean one.
 
-With seeds, and on one data set, that the limits were not chosen on."""
+The limits were chosen on seeds 0 to 2; ten models with other seeds, other data and
+other sizes are named blind."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -13,32 +14,49 @@ from filelock import FileLock  # comes with torch
 
 from helpers import PictureNetwork
 from soflow_edu.config import make_config
-from soflow_edu.core import InputError, build, refusal
+from soflow_edu.core import InputError, build, names, refusal
 from soflow_edu.diagnosis import (
     BREAKS,
     IN_THE_WEIGHTS,
+    LONGER,
     PATTERNS,
     RECIPES,
+    WARD,
+    BackwardReadOut,
+    Changed,
     Findings,
     JumpRows,
+    Mirrored,
     MirrorView,
     Pattern,
     Posterior,
     Probe,
+    Reason,
+    UniformNoise,
     View,
+    WithoutStop,
     coverage,
     diagnose,
     draw_diagnosis,
+    facts_of,
     holds,
     last_weights,
+    miswired,
+    moved_and_scaled,
     noise_end,
     patient,
+    reach,
     record_of,
     report_run,
     rewired,
     shape_of,
+    spanless,
     suspicions,
+    timeless,
+    train_recipe,
     truth_of,
+    unmoved,
+    uses_schedule,
     wrapped,
 )
 from soflow_edu.distributions import FiniteSet, GaussianMixture, law_of
@@ -48,18 +66,28 @@ from soflow_edu.solution import SolutionModel, TrigCoefficients
 from soflow_edu.training import (
     assemble,
     finish,
-    resume_run,
     save_run,
     train,
     trained,
 )
 
 # By seed; the chapter examines them all on eight_gaussians with seed 0.
-DATA = {1: "grid_gaussians", 2: "pinwheel"}
-SEEDS = pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+DATA = {0: "eight_gaussians", 1: "grid_gaussians", 2: "pinwheel"}
 HEALTHY = [name for name in RECIPES if name.startswith("healthy")]
 BROKEN = [name for name in RECIPES if name not in HEALTHY] + list(BREAKS)
+QUICK = {"healthy", "r_is_one", "shuffled_labels", "spanless", *BREAKS}
 LAWS = ("law_0.75", "law_0.5", "law_0.25", "law_0")
+
+
+def over_seeds(patients, seeds=(1, 0, 2)):
+    "Each patient with each seed; quick are some of them with seed 1."
+    cases = []
+    for name in patients:
+        for seed in seeds:
+            slow = seed != 1 or name not in QUICK
+            marks = [pytest.mark.slow] if slow else []
+            cases.append(pytest.param(name, seed, marks=marks, id=f"{name}-{seed}"))
+    return pytest.mark.parametrize("name, seed", cases)
 
 
 def randn(*shape, seed=0):
@@ -84,12 +112,12 @@ def run_of(tmp_path_factory, request):
     def get(name, seed):
         if name in BREAKS:
             return BREAKS[name](get("healthy", seed))
-        path = folder / f"{name}-{seed}"
+        path = folder / f"{name}-{seed}.pt"
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 torch.set_num_threads(1)
-                save_run(path, patient(name, DATA[seed], seed))
-        return resume_run(path)
+                torch.save(patient(name, DATA[seed], seed), path)
+        return torch.load(path, weights_only=False)
 
     return get
 
@@ -103,16 +131,25 @@ def diagnosis_of(run):
     return diagnose(run, data=law)
 
 
-@SEEDS
-@pytest.mark.parametrize("name", BROKEN)
+@over_seeds(BROKEN)
 def test_each_bug_gets_its_own_verdict(run_of, name, seed):
     found = diagnosis_of(run_of(name, seed))
     assert found.name == name, str(found)
-    assert not found.sound and found.pattern.cause in found.verdict
+    assert not found.sound and found.pattern.verdict in found.verdict
+    assert "Seen" in found.verdict and "Cause" in found.verdict
 
 
-@SEEDS
-@pytest.mark.parametrize("name", HEALTHY)
+# What only the record of a run tells has another name in the model alone.
+OF_THE_MODEL = dict.fromkeys(("stale_average", "frozen", "no_velocity_rows"), "still")
+
+
+@over_seeds(BROKEN)
+def test_a_model_alone_with_samples_of_the_data(run_of, name, seed):
+    found = diagnose(trained(run_of(name, seed)), data=law_of(DATA[seed]))
+    assert found.name == OF_THE_MODEL.get(name, name), str(found)
+
+
+@over_seeds(HEALTHY)
 def test_healthy_models_get_a_clean_one(run_of, name, seed):
     found = diagnosis_of(run_of(name, seed))
     assert found.sound, str(found)
@@ -122,27 +159,158 @@ def test_healthy_models_get_a_clean_one(run_of, name, seed):
 def test_the_verdicts_are_distinct():
     named = {pattern.name: pattern for pattern in PATTERNS}
     assert len(named) == len(PATTERNS) and set(BROKEN) <= set(named)
-    assert len({named[name].verdict for name in BROKEN}) == len(BROKEN) >= 10
+    assert len({named[name].verdict for name in BROKEN}) == len(BROKEN) >= 22
 
 
-BLIND = {  # what may be said of a bug of the velocity
-    "mode_seeking": {"wrong_velocity", "unfinished", "mirrored"},
-    "mirrored": {"mirrored", "wrong_velocity"},
-    "stale_average": {"stale_average", "still"},
+WITH_NOTHING = {  # what may be said of a bug that only truth, data or a record tell
+    "mode_seeking": {"wrong_velocity", "unfinished"},
+    "mirrored": {"wrong_velocity"},
+    "labels_dropped": {"wrong_velocity", "still"},
+    "narrow_times": {"wrong_velocity", "narrow_times"},
+    "uniform_noise": {"wrong_velocity"},
+    "stale_average": {"still"},
+    "frozen": {"still"},
+    "no_velocity_rows": {"still"},
+    "shuffled_labels": {"sound", "corner", "unfinished"},  # right for other data
+    "other_units": {"sound", "corner", "unfinished"},
 }
 
 
-@pytest.mark.parametrize("name", [*HEALTHY, *BROKEN])
-def test_with_neither_truth_nor_data(run_of, name):
+@over_seeds([*HEALTHY, *BROKEN], seeds=[1])
+def test_with_neither_truth_nor_data(run_of, name, seed):
     """Map and velocity are held against each other.
 
     What is wrong with the velocity itself is seen at t = 1 only, and the verdict says
-    so."""
-    found = diagnose(trained(run_of(name, 1)))
+    so. No verdict claims what only truth or data can confirm."""
+    found = diagnose(trained(run_of(name, seed)))
     expected = "sound" if name in HEALTHY else name
-    assert found.name in BLIND.get(name, {expected}), str(found)
+    assert found.name in WITH_NOTHING.get(name, {expected}), str(found)
     assert "t = 1 only" in found.verdict and "inverse" not in found.measures
+    assert "undo_mirrored" not in found.measures
     assert found.against == "the model's own velocity"
+
+
+# ------------------------------------------------------------------------ blind
+def random_labels(x0, y, generator):
+    "Labels that nobody looked up."
+    return x0, torch.randint(0, 9, y.shape, generator=generator)
+
+
+def soflow(**settings):
+    schedule = {"name": "exponential", "r_init": 1.0, "r_end": 0.1}
+    return {"name": "soflow", "schedule": schedule, **settings}
+
+
+STANDARDISED = partial(
+    moved_and_scaled, factor=0.65, centre=torch.zeros(2), to=torch.tensor([0.5, -0.3])
+)
+LOW = {"velocity": (-2.2, 0.4), "t": (-2.2, 0.4), "s": (-3.5, 0.4)}
+SMALL = {"network": {"name": "mlp", "width": 64, "depth": 5}}
+# What happened, the seed, the data, and a recipe that no limit was chosen on.
+TEN = [
+    (
+        "shuffled_labels",
+        *(3, "grid_gaussians"),
+        {"labels": True, "spoilt": {"law": partial(Changed, change=random_labels)}},
+    ),
+    (
+        "labels_dropped",
+        *(4, "two_moons"),
+        {"labels": True, "objective": soflow(target={"name": "batch", "drop": 1.0})},
+    ),
+    (
+        "narrow_times",
+        *(5, "checkerboard"),
+        {"objective": soflow(times={"name": "logit_normal", **LOW})},
+    ),
+    (
+        "timeless",
+        *(3, "two_moons"),
+        {"objective": soflow(), "spoilt": {"model": partial(miswired, wrong=timeless)}},
+    ),
+    (
+        "spanless",
+        *(4, "checkerboard"),
+        {
+            "objective": "meanflow",
+            "spoilt": {"model": partial(miswired, wrong=spanless)},
+        },
+    ),
+    (
+        "other_units",
+        *(5, "swiss_roll"),
+        {"spoilt": {"law": partial(Changed, change=STANDARDISED)}} | SMALL,
+    ),
+    ("frozen", 3, "swiss_roll", {"learning_rate": 0.0}),
+    (
+        "no_velocity_rows",
+        4,
+        "grid_gaussians",
+        {"batch": 2, "objective": soflow(lam=0.4)},
+    ),
+    (
+        "r_is_one",
+        *(5, "two_moons"),
+        {"objective": soflow(schedule={"name": "constant", "r_end": 1.0})} | SMALL,
+    ),
+    ("velocity_only", 3, "checkerboard", {"objective": "flow_matching"} | SMALL),
+]
+# Drawn up after a limit for labels_dropped had changed because of the first ten.
+WELL = LONGER | SMALL
+BRIEFLY = {"name": "exponential", "r_init": 1.0, "r_end": 0.1}
+EARLIER = {"velocity": (-2.6, 0.6), "t": (-2.6, 0.6), "s": (-3.5, 0.6)}
+TEN_MORE = [
+    ("labels_dropped", 6, "circles", {"labels": True} | TEN[1][3]),
+    (
+        "uniform_noise",
+        *(7, "checkerboard"),
+        {"spoilt": {"objective": UniformNoise(schedule=BRIEFLY, lam=0.6)}} | SMALL,
+    ),
+    (
+        "mirrored",
+        *(8, "checkerboard"),
+        {"spoilt": {"objective": Mirrored(schedule=BRIEFLY, lam=0.6)}} | SMALL,
+    ),
+    (
+        "no_stop_gradient",
+        *(6, "two_moons"),
+        {"spoilt": {"objective": WithoutStop(schedule=BRIEFLY, lam=0.6)}} | SMALL,
+    ),
+    ("mode_seeking", 7, "grid_gaussians", {"objective": soflow(p=1.0)} | SMALL),
+    (
+        "narrow_times",
+        *(6, "spirals"),
+        {"objective": soflow(times={"name": "logit_normal", **EARLIER})} | SMALL,
+    ),
+    ("velocity_for_point", 8, "circles", WELL),
+    ("sign_of_v", 8, "circles", WELL),
+    ("stale_average", 8, "circles", WELL),
+    ("swapped", 8, "circles", WELL),
+]
+
+
+def named_blind(cases):
+    "What `diagnose` says to each model, without a hint of what was done to it."
+    found = []
+    for name, seed, data, recipe in cases:
+        run = train_recipe(WARD | {"seed": seed, "data": data} | recipe)
+        if name in BREAKS:
+            run = BREAKS[name](run)
+        found.append(diagnose(run).name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [TEN, TEN_MORE], ids=["ten", "ten more"])
+def test_ten_models_named_blind(cases):
+    assert named_blind(cases) == [name for name, *_ in cases]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_a_rate_a_hundred_times_too_high_the_training_says_so(seed):
+    recipe = WARD | {"learning_rate": 0.5, "data": DATA[seed], "seed": seed}
+    said = refusal(train_recipe, recipe)
+    assert "diverged" in said and "Lower learning_rate" in said
 
 
 def t_is_s(t, d):
@@ -180,6 +348,33 @@ def test_the_sign_of_the_network_and_of_other_coefficients(run_of):
     flow = ExactFlow(law, TrigPath(), rtol=1e-6)
     backward = SolutionModel(net, "trigonometric", Backward())
     assert diagnose(backward, flow).name == "sign_of_b"
+
+
+class PrecedingLabel(torch.nn.Module):
+    "A network for labels from one, which gets labels from zero."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.classes = net.classes
+
+    def forward(self, x, t, d, y=None):
+        return self.net(x, t, d, None if y is None else (y - 1) % self.classes)
+
+
+class Muted(PrecedingLabel):
+    "A network that never gets its label."
+
+    def forward(self, x, t, d, y=None):
+        return self.net(x, t, d)
+
+
+@pytest.mark.slow
+def test_labels_off_by_one_and_labels_that_never_arrive(run_of):
+    net = trained(run_of("healthy_labels", 1)).net
+    flow = ExactFlow(law_of(DATA[1]), LinearPath(), rtol=1e-6)
+    assert diagnose(SolutionModel(PrecedingLabel(net)), flow).name == "labels_shifted"
+    assert diagnose(SolutionModel(Muted(net)), flow).name == "label_unheard"
 
 
 # ------------------------------------------------------------------------ exact maps
@@ -319,7 +514,7 @@ def test_pictures_with_labels(picture_run, given):
     assert {"velocity", "corner", "semigroup", "coverage"} <= found.measures.keys()
     assert all(value == value for value in found.measures.values())
     if not steps and given != "teacher":
-        assert found.name in {"still", "wrong_velocity"}, str(found)
+        assert found.name in {"still", "wrong_velocity", "frozen"}, str(found)
     assert (found.probe.y is not None) == labelled
     if given == "noise":
         assert len(found.figure().axes) == 3
@@ -331,6 +526,7 @@ def test_the_folder_of_a_run(tmp_path, capsys, run_of):
     folder = save_run(tmp_path / "run", run_of("r_is_one", 1))
     found = report_run(folder)
     assert found.name == "r_is_one" and found.against == "the truth"
+    assert "r stayed at 1" in found.verdict
     assert str(found).strip() == capsys.readouterr().out.strip()
     assert "schedule.name = constant, schedule.r_end = 1.0" in found.verdict
     stale = save_run(tmp_path / "stale", run_of("stale_average", 1))
@@ -358,6 +554,48 @@ def test_a_model_that_is_not_finite(run_of):
 def test_a_run_that_was_too_short():
     run = patient("r_is_one", steps=10)
     assert diagnose(run).name in {"still", "wrong_velocity"}
+
+
+def test_no_cause_that_the_objective_does_not_have(run_of):
+    """The same model, with a record of the semigroup form, whose loss has no r, and of
+    SoFlow without adaptive weights."""
+    run = run_of("r_is_one", 1)
+    semigroup = replace(run, objective={**run.objective, "name": "semigroup"})
+    found = diagnose(semigroup, count=16)
+    assert found.name == "straight_steps"
+    assert "r stayed" not in found.verdict and "schedule" not in found.verdict
+    seeking = next(p for p in IN_THE_WEIGHTS if p.name == "mode_seeking")
+    measures = {"velocity": 1.2, "moved_by_round": 0.0}
+    assert seeking.fits(measures) and seeking.fits(measures | {"p": 1.0})
+    assert not seeking.fits(measures | {"p": 0.0})
+
+
+def test_which_losses_have_an_r():
+    assert uses_schedule({"name": "soflow"}) and uses_schedule({"name": "alpha_flow"})
+    for name in names("objective"):
+        has_r = uses_schedule({"name": name})
+        assert has_r == (name in {"soflow", "alpha_flow", "staged"}), name
+
+
+def test_facts_of_a_run(run_of):
+    run = run_of("healthy", 1)
+    facts = facts_of(run)
+    assert facts["velocity_rows"] == int(0.8 * 512) and facts["unmoved"] == 0
+    assert facts["uses_r"] == 0 and facts["learns_map"] == 1 and facts["p"] == 0
+    narrow = run.objective | {"times": {"name": "logit_normal", "velocity": (-3, 0.5)}}
+    assert reach(replace(run, objective=narrow)) == 0 < reach(run)
+    ice = replace(run, model=assemble(run.config)[0])
+    assert len(unmoved(ice)) == len(list(run.model.parameters()))
+    assert not unmoved(replace(run, config=replace(run.config, seed=99)))
+    gone = replace(run.config, start_from="nowhere")
+    assert unmoved(replace(ice, config=gone)) == [] and facts_of(None) == {}
+
+
+def test_the_first_weights_leave_the_random_numbers_alone(run_of):
+    run = run_of("healthy", 1)
+    before = torch.get_rng_state()
+    unmoved(run)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_coverage_is_the_share_of_training_pairs_near_the_corner(run_of):
@@ -443,9 +681,9 @@ def test_the_last_weights_and_the_truth_of_a_run():
     run = patient("r_is_one", steps=10)
     assert last_weights(run) is run.model
     assert last_weights(replace(run, ema=run.model.state_dict())) is None
-    truth = truth_of(run)
-    assert truth is not None and isinstance(truth.distribution, GaussianMixture)
-    assert truth.distribution.means.shape == (8, 2)
+    law = truth_of(run)["flow"].distribution
+    assert isinstance(law, GaussianMixture) and law.means.shape == (8, 2)
+    assert isinstance(truth_of(run, "pinwheel")["data"], FiniteSet)
 
 
 def test_the_shape_of_a_sample_follows_from_the_network():
@@ -455,7 +693,20 @@ def test_the_shape_of_a_sample_follows_from_the_network():
 
 
 def test_a_pattern_without_conditions_fits_always():
-    assert Pattern("always", (), "", "", "").fits({})
+    assert Pattern("always", (), "").fits({})
+
+
+def test_a_verdict_has_each_cause_that_fits_with_its_remedy():
+    reasons = (
+        Reason("One.", "Mend one."),
+        Reason("Two.", "Mend two.", ("uses_r? > 0",)),
+    )
+    pattern = Pattern("two", ("corner > 0.5",), "Seen.", reasons, ("objective.times",))
+    assert pattern.seen({"corner": 0.9, "long": 3.0}) == {"corner": 0.9}
+    record = {"objective.times.name": "uniform", "objective.p": 0.0}
+    found = Findings({"corner": 0.9}, pattern, record)
+    assert found.settings == {"objective.times.name": "uniform"}
+    assert [reason.fits({"uses_r": 0.0}) for reason in reasons] == [True, False]
 
 
 @pytest.fixture
@@ -480,7 +731,10 @@ def test_views_undo_what_was_done(random_model, name):
     view = suspicions(broken)[name]
     torch.testing.assert_close(view.solution(x, t, s), model(x, t, s))
     torch.testing.assert_close(view.velocity(x, t), model.velocity(x, t))
-    assert (broken(x, t, s) - model(x, t, s)).abs().mean() > 1e-2
+    changed = broken(x, t, s) - model(x, t, s)
+    if isinstance(broken.coefficients, BackwardReadOut):
+        changed = broken.velocity(x, t) - model.velocity(x, t)
+    assert changed.abs().mean() > 1e-2
 
 
 def test_a_mirrored_view_reads_the_velocity_backwards(random_model):
