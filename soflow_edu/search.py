@@ -290,7 +290,10 @@ class Task:
         return replace(load_config(self.base), data=self.data, seed=seed, **length)
 
 
-TASKS = {"plane": Task("eight_gaussians")}
+TASKS = {
+    "plane": Task("eight_gaussians"),
+    "d32": Task("mixture-32", base="d32"),
+}
 
 
 # %% ../nbs/1_plane/20_search.ipynb #830306bb
