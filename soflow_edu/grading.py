@@ -519,21 +519,23 @@ def factor_of(
 def named_factor(factor: float, factors: Mapping[str, float]) -> str:
     "What was forgotten if this is the factor of an answer; empty if unknown."
     for name, value in factors.items():
+        number = f"{value:.4g}"
+        which = f"; {number} is {name}" if name else ""
         if abs(factor / value - 1) < 1e-3:
             return (
-                f"your answer divided by {value:.4g} would be right; {value:.4g} is"
-                f" {name}: a division or a mean is left out, or a factor too many."
+                f"your answer divided by {number} would be right{which}:"
+                " a division or a mean is left out, or a factor is too many."
             )
         if abs(factor * value - 1) < 1e-3:
             return (
-                f"your answer times {value:.4g} would be right; {value:.4g} is"
-                f" {name}: this factor is missing, or divided by once too often."
+                f"your answer times {number} would be right{which}:"
+                " this factor is missing, or divided by once too often."
             )
     return ""
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #ff86314c
-TWO = {"a plain factor 2": 2.0}
+TWO = {"": 2.0}  # forgotten anywhere
 
 
 def factor_in_words(
@@ -640,6 +642,8 @@ def shape_in_words(
         return f"{words}: only dimensions of size 1 differ; x[:, 0] takes one away."
     if given.ndim == 2 and given.mT.shape == expected.shape:
         return f"{words}: rows and columns look swapped."
+    if given.ndim == expected.ndim > 0 and abs(len(given) - len(expected)) == 1:
+        return f"{words}: one too few or too many, as of posts and gaps of a fence."
     if given.numel() > expected.numel():
         return (
             f"{words}: numbers of shape (B,) seem to have met others along the wrong"
@@ -665,11 +669,13 @@ def difference_in_words(
 
 # %% ../nbs/4_practice/01_grading.ipynb #73250824
 NOT_DONE = "not done yet."
-VAGUE = ("right.", NOT_DONE, "not right yet", "as it should be", "NaN or infinite")
+VAGUE = ("not right yet:", "as it should be", "NaN or infinite")
 YES_OR_NO = {True: "yes", False: "no"}
 
 
 def is_vague(line: str) -> bool:
+    if line in ("right.", NOT_DONE):
+        return True
     return any(words in line for words in VAGUE)
 
 
@@ -680,6 +686,7 @@ def is_named(
     return not all(map(is_vague, said.splitlines()))
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #5b723f73
 def fault_of_kind(given: object, expected: object, tolerance: float) -> str:
     "Why an answer cannot be compared with numbers; empty if it can."
     if given is None:
@@ -691,7 +698,10 @@ def fault_of_kind(given: object, expected: object, tolerance: float) -> str:
     if answer.shape != target.shape:
         return shape_in_words(answer, target, tolerance)
     if not answer.isfinite().all():
-        return "some values are NaN or infinite."
+        return (
+            "some values are NaN or infinite: look for a division by zero, or for a"
+            " root or logarithm of what is not positive."
+        )
     return ""
 
 
@@ -719,6 +729,15 @@ def compared(
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #31cb69f4
+def alike(given: Any, wrong: Any, tolerance: float) -> bool:
+    "Whether an answer has the values of a mistake, NaN where that has NaN."
+    a = as_numbers(given)
+    b = as_numbers(wrong)
+    if a is None or b is None or a.shape != b.shape or not a.isnan().equal(b.isnan()):
+        return False
+    return close(a.nan_to_num(0.0), b.nan_to_num(0.0), tolerance)
+
+
 @dataclass
 class Beside:
     "An answer beside the right one, part by part."
@@ -737,15 +756,15 @@ class Beside:
     def changed_by(self, hint: str) -> set[int]:
         "The parts in which a mistake differs from the right answer."
         pairs = zip(self.mistakes[hint], self.expected, strict=True)
-        same = [close(a, b, self.tolerance) for a, b in pairs]
+        same = [alike(a, b, self.tolerance) for a, b in pairs]
         return {k for k, right in enumerate(same) if not right}
 
     def shows(self, hint: str) -> bool:
         "Whether the answer has this mistake in every part that it changes."
         parts = self.changed_by(hint)
         mistake = self.mistakes[hint]
-        alike = [close(self.given[k], mistake[k], self.tolerance) for k in parts]
-        return bool(parts) and all(alike)
+        same = [alike(self.given[k], mistake[k], self.tolerance) for k in parts]
+        return bool(parts) and all(same)
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #646b1678
@@ -823,6 +842,15 @@ def pair_in_words(beside: Beside, k: int) -> str:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #d88dd8bd
+def fault_of_part(beside: Beside, k: int) -> str:
+    "What is wrong with one part that no hint explains alone."
+    pair = (beside.given[k], beside.expected[k])
+    words = compared(*pair, beside.tolerance, beside.factors)
+    if not is_vague(words):
+        return words
+    return pair_in_words(beside, k) or words
+
+
 def compared_parts(
     given: object,
     expected: tuple,
@@ -838,10 +866,14 @@ def compared_parts(
         return f"expected {len(expected)} values ({', '.join(parts)}), got {got}."
     beside = Beside(given, expected, mistakes, tolerance, factors)
     said = hints_of(beside) + swapped_parts(beside, parts)
+    of_parts: dict[str, list[str]] = {}  # words -> the parts of which they are true
     for k in sorted(beside.open):
-        words = pair_in_words(beside, k)
-        words = words or compared(given[k], expected[k], tolerance, factors)
-        said.append(f"{parts[k]}: {words}" if parts[k] else words)
+        words = fault_of_part(beside, k)
+        if said and is_vague(words):
+            words = "not right yet either."
+        of_parts.setdefault(words, []).append(parts[k])
+    for words, named in of_parts.items():
+        said.append(f"{' and '.join(named)}: {words}" if named[0] else words)
     return " ".join(said)
 
 
@@ -859,7 +891,7 @@ def own_place(error: BaseException, space: Mapping) -> Any:
 
 def tensors_in(line: str, frame: Any) -> dict[str, tuple[int, ...]]:
     "The shapes of the tensors that a line of code names."
-    names = dict.fromkeys(re.findall(r"[A-Za-z_]\w*", line))
+    names = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", line))
     known = frame.f_globals | frame.f_locals
     values = {name: known.get(name) for name in names}
     kept = {n: v for n, v in values.items() if isinstance(v, torch.Tensor)}
@@ -869,17 +901,17 @@ def tensors_in(line: str, frame: Any) -> dict[str, tuple[int, ...]]:
 # %% ../nbs/4_practice/01_grading.ipynb #4a00768c
 def shape_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
     "Which tensor wants another dimension."
-    flat = [name for name, shape in shapes.items() if len(shape) == 1]
-    wide = [name for name, shape in shapes.items() if len(shape) > 1]
-    if not flat or not wide:
+    by_size = sorted(shapes, key=lambda name: len(shapes[name]))
+    sizes = [len(shapes[name]) for name in by_size]
+    if not sizes or not 0 < sizes[0] < sizes[-1]:
         return (
             "Where (B,) meets (B, 2), write [:, None] behind what has the shape (B,)."
         )
-    a = flat[0]
-    b = wide[0]
-    more = ", ".join(["None"] * (len(shapes[b]) - 1))
-    there = f"{a} has the shape {shapes[a]}, {b} has {shapes[b]}"
-    return f"There {there}: write {a}[:, {more}]."
+    flat = by_size[0]
+    wide = by_size[-1]
+    more = ", ".join(["None"] * (sizes[-1] - sizes[0]))
+    there = f"{flat} has the shape {shapes[flat]}, {wide} has {shapes[wide]}"
+    return f"There {there}: write {flat}[:, {more}]."
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #b8a7b068
@@ -940,21 +972,40 @@ def remedy(error: BaseException, shapes: Mapping[str, tuple[int, ...]]) -> str:
 # %% ../nbs/4_practice/01_grading.ipynb #c3b40995
 def stop_in_words(error: BaseException, space: Mapping, checked: str) -> str:
     "What is to be said of an exception, with the student's own line."
-    reason = " ".join(str(error).split())
-    words = f"your code stops with {type(error).__name__}: {reason}"
+    reason = " ".join(str(error).split()).rstrip(".")
+    kind = type(error).__name__
+    words = f"your code stops with {kind}: {reason}."
     place = own_place(error, space)
     if place is None:
         return words
-    frame = place.tb_frame
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, place.tb_lineno).strip()
+    code = place.tb_frame.f_code
+    if code.co_filename == checked and kind == "NameError":
+        return f"{reason}: run the cell of your answer first."
+    if code.co_filename == checked and kind == "ValueError":
+        return f"{reason}."  # the check says so itself
     if code.co_filename == checked:
-        said = "your code returns something that cannot be used"
-        return f"{said} ({type(error).__name__}: {reason})."
+        return f"your code returns something that cannot be used ({kind}: {reason})."
+    line = linecache.getline(code.co_filename, place.tb_lineno).strip()
     where = f"line {place.tb_lineno} of the cell of {code.co_name}"
     shown = f"{where}, `{line}`" if line else where
-    advice = remedy(error, tensors_in(line, frame))
+    advice = remedy(error, tensors_in(line, place.tb_frame))
     return f"{words} This is {shown}. {advice}".strip()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #22e6c45c
+def used_by(answer: Callable, checked: str) -> set[str]:
+    "The names that a notebook's functions use which an answer calls."
+    space = getattr(answer, "__globals__", {})
+    seen: set[str] = set()
+    wanted = [answer.__code__] if hasattr(answer, "__code__") else []
+    for code in wanted:  # which grows on the way
+        own = code.co_filename == checked
+        seen |= set() if own else set(code.co_names)
+        called = [space.get(name) for name in code.co_names] if own else []
+        parts = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        codes = [f.__code__ for f in called if isinstance(f, types.FunctionType)]
+        wanted += [code for code in [*parts, *codes] if code not in wanted]
+    return seen
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #f3c6a85e
@@ -965,14 +1016,15 @@ def verdict(
     parts: tuple[str, ...] = (),  # names of the members of a tuple
     tolerance: float = 1e-4,  # relative to the largest expected number
     factors: Mapping[str, float] = {},  # name -> a number that may be forgotten
+    without: Iterable[str] = (),  # names of the library that it has to do without
 ) -> str:
     "What is to be said of an answer, in words."
+    code = getattr(answer, "__code__", None)
+    checked = getattr(code, "co_filename", "")
     try:
         given = answer()
     except Exception as error:
-        space = getattr(answer, "__globals__", {})
-        code = getattr(answer, "__code__", None)
-        return stop_in_words(error, space, getattr(code, "co_filename", ""))
+        return stop_in_words(error, getattr(answer, "__globals__", {}), checked)
     if given is None:
         return NOT_DONE
     known = {**factors, **TWO}
@@ -982,6 +1034,9 @@ def verdict(
         single = {hint: (value,) for hint, value in mistakes.items()}
         row = (given,)
         wrong = compared_parts(row, (expected,), single, ("",), tolerance, known)
+    taken = sorted(set(without) & used_by(answer, checked)) if not wrong else []
+    if taken:
+        return f"the values are right, but write it yourself, without {taken[0]}."
     return wrong or "right."
 
 
@@ -994,9 +1049,10 @@ def check(
     parts: tuple[str, ...] = (),  # names of the members of a tuple
     tolerance: float = 1e-4,  # relative to the largest expected number
     factors: Mapping[str, float] = {},  # name -> a number that may be forgotten
+    without: Iterable[str] = (),  # names of the library that it has to do without
 ) -> None:
     "Prints what is to be said of an answer, in words."
-    said = verdict(answer, expected, mistakes, parts, tolerance, factors)
+    said = verdict(answer, expected, mistakes, parts, tolerance, factors, without)
     print(f"{title}: {said}")
 
 
