@@ -738,6 +738,7 @@ def alike(given: Any, wrong: Any, tolerance: float) -> bool:
     return close(a.nan_to_num(0.0), b.nan_to_num(0.0), tolerance)
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #06e8fee7
 @dataclass
 class Beside:
     "An answer beside the right one, part by part."
@@ -907,6 +908,10 @@ def shape_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
         return (
             "Where (B,) meets (B, 2), write [:, None] behind what has the shape (B,)."
         )
+    smallest = {shapes[name] for name in by_size if len(shapes[name]) == sizes[0]}
+    if len(smallest) > 1:
+        there = ", ".join(f"{name} {shapes[name]}" for name in by_size)
+        return f"The shapes there are {there}: one of them wants a [:, None]."
     flat = by_size[0]
     wide = by_size[-1]
     more = ", ".join(["None"] * (sizes[-1] - sizes[0]))
