@@ -777,7 +777,7 @@ def hints_of(beside: Beside) -> list[str]:
     for hint in shown:  # the one that explains most comes first
         parts = beside.changed_by(hint)
         if parts & beside.open:
-            said.append(f"{hint}.")
+            said.append(hint if hint.endswith(("?", ".")) else f"{hint}.")
             beside.open -= parts
     return said
 
