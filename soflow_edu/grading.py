@@ -12,6 +12,8 @@ __all__ = [
     "rehearse",
     "said_of",
     "wrong_answers",
+    "estimated_minutes",
+    "stated_minutes",
     "build_course",
     "grade_course",
 ]
@@ -1290,6 +1292,8 @@ def is_rehearsed(cell: dict) -> bool:
     "Whether a rehearsal runs a cell: code that is no check, figure or wrong answer."
     if role(cell) in ("heading", "text", "wrong", "written"):
         return False
+    if "check" in directives(cell["source"]):
+        return False
     return not re.search(r"^(@attempt|check\()", cell["source"], flags=re.M)
 
 
@@ -1508,6 +1512,67 @@ def wrong_answers(assignment: Assignment) -> dict[int, dict[str, str]]:
     return {q.number: q.wrong for q in assignment.questions if not q.written}
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #0fe0b616
+READ = 120  # words a minute, of text with formulas
+SKIM = 20  # given lines a minute
+WRITE = 0.8  # minutes for a line of a solution
+SAY = 30  # words of the model answer a minute
+THINK = 2.5  # minutes for each question
+
+
+def words_to_read(cells: list[dict]) -> int:
+    "Words of text, without hints that are folded."
+    texts = [c["source"] for c in cells if role(c) in ("heading", "text")]
+    open_text = re.sub("<details>.*?</details>", "", "\n".join(texts), flags=re.S)
+    return len(open_text.split())
+
+
+def lines_of(cells: list[dict]) -> int:
+    "Lines of given code that are not empty."
+    given = [c["source"] for c in cells if role(c) == "given"]
+    return sum(bool(line.strip()) for line in "\n".join(given).splitlines())
+
+
+def solution_lines(source: str) -> int:
+    "Lines between the markers of a solution."
+    parts = re.findall("BEGIN SOLUTION\n(.*?)END SOLUTION", source, flags=re.S)
+    lines = "\n".join(parts).splitlines()
+    return sum(bool(line.strip(" #")) for line in lines)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #43d58876
+def estimated_minutes(
+    assignment: Assignment,
+) -> dict[int, float]:  # question -> minutes; under 0 those of all other text
+    "How long it takes, by the number of words and lines."
+    found = {0: 0.0}
+    for number, cells in sections(assignment):
+        if not number:
+            found[0] += words_to_read(cells) / READ + lines_of(cells) / SKIM
+            continue
+        q = assignment.questions[number - 1]
+        answer = [cell is q.answer for cell in cells].index(True)
+        reading = words_to_read(cells) / READ + lines_of(cells[:answer]) / SKIM
+        writing = WRITE * solution_lines(q.answer["source"])
+        if q.written:
+            writing = len(unmarked(q.answer["source"]).split()) / SAY
+        found[number] = THINK + reading + writing
+    return found
+
+
+def stated_minutes(
+    assignment: Assignment,
+) -> dict[int, float]:  # question -> minutes
+    "What stands in the text of each question, as in '(8 minutes)'."
+    found = {}
+    for number, cells in sections(assignment):
+        text = " ".join(cell["source"] for cell in cells)
+        stated = re.search(r"\((\d+) minutes\)", text)
+        if number and stated:
+            found[number] = float(stated[1])
+    return found
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #1304e6e4
 def course_folder(
     source: str | Path = "",  # if empty, nbs/assignments of the clone
@@ -1585,7 +1650,9 @@ def summary(a: Assignment) -> str:
     wrong = sum(len(q.wrong) for q in a.questions)
     size = f"{len(a.questions)} questions, {shown_points(a.points)} points"
     proof = f"each of {wrong} wrong answers loses exactly the points of its question"
-    return f"- {a.title}: {size}; {proof}"
+    minutes = sum(estimated_minutes(a).values())
+    time = f"about {minutes:.0f} minutes by the number of words and lines"
+    return f"- {a.title}: {size}; {proof}; {time}"
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #9f10e94e
