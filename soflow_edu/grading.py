@@ -1495,6 +1495,7 @@ def said_of(
 ) -> dict[int, dict[str, str]]:  # question -> {name: words}
     "What the checks of questions say to answers, a line for each check."
     space: dict[str, Any] = {"__name__": "__main__"}
+    last = max((n for n, rows in answers.items() if rows), default=0)
     said = {}
     for number, cells in sections(assignment):
         words = {}
@@ -1503,6 +1504,8 @@ def said_of(
             words[name] = words_of_checks(printed)
         if words:
             said[number] = words
+        if number == last:
+            break  # what follows is not needed
         play(cells, space, identifier)
     return said
 

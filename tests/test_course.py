@@ -241,19 +241,23 @@ def test_reference_is_right_for_every_student(path):
 
 
 # ------------------------------------------------------- what checks say in words
-TRAINING = {"03_solution_consistency": 11}  # its check trains for each wrong answer
+LONG = {  # questions whose checks train or search for each wrong answer
+    "01_paths_and_solvers": (11,),
+    "03_solution_consistency": (11,),
+    "04_guidance": (7,),
+}
 
 
-def answers_of(assignment, training=False):
-    "The wrong answers, question -> {name: source}, of those that train or the others."
-    trains = TRAINING.get(assignment.name)
+def answers_of(assignment, long=False):
+    "Wrong answers, question -> {name: source}, with long checks or with the others."
+    some = LONG.get(assignment.name, ())
     every = wrong_answers(assignment)
-    return {n: rows for n, rows in every.items() if (n == trains) == training}
+    return {n: rows for n, rows in every.items() if (n in some) == long}
 
 
 @cache
 def said_to_wrong(path):
-    "What the checks of an assignment say to its wrong answers, but those that train."
+    "What the checks of an assignment say to its wrong answers, but those with long checks."
     assignment = read_assignment(path)
     return said_of(assignment, answers_of(assignment))
 
@@ -292,11 +296,11 @@ def test_two_mistakes_are_both_named(path):
 
 
 @pytest.mark.slow
-def test_failed_trainings_are_named():
-    "What is wrong with a map, and what to change."
+def test_mistakes_with_long_checks_are_named():
+    "What is wrong with a trained map, and what to change, among others."
     for path in SOLVED:
         assignment = read_assignment(path)
-        answers = answers_of(assignment, training=True)
+        answers = answers_of(assignment, long=True)
         said = said_of(assignment, answers) if answers else {}
         print("\n".join(table_of_words(said)))
         for words in said.values():
@@ -307,10 +311,8 @@ def test_failed_trainings_are_named():
 def test_right_answers_are_called_right(path):
     "For another student too; and by the same words for each check."
     assignment = read_assignment(path)
-    trains = TRAINING.get(assignment.name)
     right = right_answers(assignment)
-    code = [q.number for q in assignment.questions if not q.written]
-    answers = {n: {"right": right[n]} for n in code if n != trains}
+    answers = {n: {"right": right[n]} for n in answers_of(assignment)}
     for words in said_of(assignment, answers, "Zoë O'Neill").values():
         assert set(words["right"].splitlines()) == {"right."}, words
 
