@@ -257,7 +257,7 @@ def answers_of(assignment, long=False):
 
 @cache
 def said_to_wrong(path):
-    "What the checks of an assignment say to its wrong answers, but those with long checks."
+    "What checks say to wrong answers, but for those with long checks."
     assignment = read_assignment(path)
     return said_of(assignment, answers_of(assignment))
 
