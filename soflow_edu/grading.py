@@ -10,6 +10,10 @@ __all__ = [
     "check",
     "attempt",
     "rehearse",
+    "said_of",
+    "wrong_answers",
+    "estimated_minutes",
+    "stated_minutes",
     "build_course",
     "grade_course",
 ]
@@ -23,6 +27,9 @@ import csv
 import hashlib
 import io
 import json
+
+# %% ../nbs/4_practice/01_grading.ipynb #9dc28fe6
+import linecache
 import math
 import os
 import pickle
@@ -40,13 +47,11 @@ import time
 import types
 import unicodedata
 import warnings
-
-# %% ../nbs/4_practice/01_grading.ipynb #9dc28fe6
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import count
+from itertools import combinations, count
 from multiprocessing import get_context
 from pathlib import Path
 from symtable import SymbolTable, symtable
@@ -501,25 +506,152 @@ def close(
     return bool((error <= allowed_error(target, tolerance)).all())
 
 
-# %% ../nbs/4_practice/01_grading.ipynb #ff86314c
-def factor_in_words(
+# %% ../nbs/4_practice/01_grading.ipynb #08c8cd1f
+def factor_of(
     given: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> float | None:
+    "The number by which the expected tensor was multiplied; None if by none."
+    squares = (expected**2).sum().item()
+    if not squares or not given.any():
+        return None
+    factor = (given * expected).sum().item() / squares
+    return factor if close(given, factor * expected, tolerance) else None
+
+
+def named_factor(factor: float, factors: Mapping[str, float]) -> str:
+    "What was forgotten if this is the factor of an answer; empty if unknown."
+    for name, value in factors.items():
+        number = f"{value:.4g}"
+        which = f"; {number} is {name}" if name else ""
+        if abs(factor / value - 1) < 1e-3:
+            return (
+                f"your answer divided by {number} would be right{which}:"
+                " a division or a mean is left out, or a factor is too many."
+            )
+        if abs(factor * value - 1) < 1e-3:
+            return (
+                f"your answer times {number} would be right{which}:"
+                " this factor is missing, or divided by once too often."
+            )
+    return ""
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #ff86314c
+TWO = {"": 2.0}  # forgotten anywhere
+
+
+def factor_in_words(
+    given: torch.Tensor,
+    expected: torch.Tensor,
+    tolerance: float,
+    factors: Mapping[str, float] = TWO,  # name -> a number that may be forgotten
 ) -> str:
     "Whether a tensor is the expected one times a number; empty if not."
-    if not given.ndim:
-        return ""
-    if not given.any():
+    if given.ndim and not given.any() and expected.any():
         return "your answer is zero everywhere."
-    squares = (expected**2).sum().item()
-    factor = (given * expected).sum().item() / max(squares, 1e-300)
-    if not close(given, factor * expected, tolerance):
+    factor = factor_of(given, expected, tolerance)
+    if factor is None:
         return ""
     if abs(factor + 1) < 1e-3:
         return "every sign is the other way round."
+    if words := named_factor(abs(factor), factors):
+        return words if factor > 0 else f"{words} And its sign is the other way round."
+    if given.numel() < 2:
+        return ""
     length = f"{abs(factor):.3g} times as long as it should be."
     if factor > 0:
         return f"the direction is right, but your answer is {length}"
     return f"your answer points the other way, and is {length}"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #75bbd95d
+def root(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(min=0).sqrt()
+
+
+def turned_over(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1) if x.ndim > 1 else x
+
+
+def rolled(x: torch.Tensor, by: int) -> torch.Tensor:
+    return x.roll(by, 0) if x.ndim else x
+
+
+FORMS = (
+    ("yours is the square of the right answer: a root is missing", torch.square),
+    ("yours is the root of the right answer: one root too many", root),
+    ("yours is one divided by the right answer", torch.reciprocal),
+    ("yours is one minus the right answer", partial(torch.sub, 1)),
+    ("yours is the logarithm of the right answer", torch.log),
+    ("yours is the exponential of the right answer", torch.exp),
+    ("signs are lost: yours is the size of the right answer", torch.abs),
+    ("the rows stand in the reverse order", partial(torch.flip, dims=(0,))),
+    ("the last dimension stands in the reverse order", turned_over),
+    ("every row stands one place too late", partial(rolled, by=1)),
+    ("every row stands one place too early", partial(rolled, by=-1)),
+)
+PLAIN = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # as the right answer these tell little
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #f2b620c3
+def forms_of(
+    given: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> Iterator[str]:
+    "Of which functions of the expected tensor an answer has the values."
+    for words, form in FORMS:
+        if not given.ndim and "row" in words:
+            continue
+        wrong = form(expected)
+        if wrong.isfinite().all() and close(given, wrong, tolerance):
+            if not close(wrong, expected, tolerance):
+                yield f"{words}."
+
+
+def form_in_words(given: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    "Which function of the expected tensor an answer is; empty if none, or in doubt."
+    if given.numel() == 1 and any(close(expected.abs().max(), x) for x in PLAIN):
+        return ""
+    found = list(forms_of(given, expected, tolerance))
+    if len(found) == 1 or (found and given.numel() > 2):
+        return found[0]
+    gap = given - expected
+    if given.numel() < 3 or not close(gap, gap.mean().expand_as(gap), tolerance):
+        return ""
+    by = f"by the same number everywhere, {gap.mean():.3g}"
+    return f"yours differs from the right answer {by}: is a term missing, or too many?"
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #4c98530b
+def reduced(given: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    "Over which dimension an answer was reduced; empty if over none."
+    places = {"everything": tuple(range(expected.ndim))}
+    places |= {f"dimension {k}": (k,) for k in range(expected.ndim)}
+    for name, action in (("mean", torch.mean), ("sum", torch.sum)):
+        for over, dims in places.items():
+            if dims and close(given, action(expected, dims), tolerance):
+                return f"yours is the {name} over {over} of the right answer"
+    return ""
+
+
+def shape_in_words(
+    given: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> str:
+    "What a wrong shape says."
+    words = f"expected the shape {tuple(expected.shape)}, got {tuple(given.shape)}"
+    if said := reduced(given, expected, tolerance):
+        return f"{words}: {said}."
+    if given.squeeze().shape == expected.squeeze().shape:
+        return f"{words}: only dimensions of size 1 differ; x[:, 0] takes one away."
+    if given.ndim == 2 and given.mT.shape == expected.shape:
+        return f"{words}: rows and columns look swapped."
+    if given.ndim == expected.ndim > 0 and abs(len(given) - len(expected)) == 1:
+        return f"{words}: one too few or too many, as of posts and gaps of a fence."
+    if given.numel() > expected.numel():
+        return (
+            f"{words}: numbers of shape (B,) seem to have met others along the wrong"
+            " dimension; where they are to go with points, write [:, None] behind them."
+        )
+    return f"{words}."
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #62e296bd
@@ -539,12 +671,26 @@ def difference_in_words(
 
 # %% ../nbs/4_practice/01_grading.ipynb #73250824
 NOT_DONE = "not done yet."
+VAGUE = ("not right yet:", "as it should be", "NaN or infinite")
+YES_OR_NO = {True: "yes", False: "no"}
 
 
-def compared(
-    given: object, expected: object, mistakes: Mapping[str, object], tolerance: float
-) -> str:
-    "What is wrong with one number or tensor; empty if nothing is."
+def is_vague(line: str) -> bool:
+    if line in ("right.", NOT_DONE):
+        return True
+    return any(words in line for words in VAGUE)
+
+
+def is_named(
+    said: str,  # by checks, a line each
+) -> bool:
+    "Whether these words name a mistake, and do not only say that there is one."
+    return not all(map(is_vague, said.splitlines()))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #5b723f73
+def fault_of_kind(given: object, expected: object, tolerance: float) -> str:
+    "Why an answer cannot be compared with numbers; empty if it can."
     if given is None:
         return NOT_DONE
     answer = as_numbers(given)
@@ -552,45 +698,321 @@ def compared(
         return f"expected a number or a tensor, got {type(given).__name__}."
     target = torch.as_tensor(expected, dtype=torch.float64)
     if answer.shape != target.shape:
-        return f"expected the shape {tuple(target.shape)}, got {tuple(answer.shape)}."
+        return shape_in_words(answer, target, tolerance)
     if not answer.isfinite().all():
-        return "some values are NaN or infinite."
-    if close(answer, target, tolerance):
+        return (
+            "some values are NaN or infinite: look for a division by zero, or for a"
+            " root or logarithm of what is not positive."
+        )
+    return ""
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #cecf9480
+def compared(
+    given: object,
+    expected: object,
+    tolerance: float,
+    factors: Mapping[str, float] = TWO,
+) -> str:
+    "What is wrong with one number or tensor; empty if nothing is."
+    if words := fault_of_kind(given, expected, tolerance):
+        return words
+    if close(given, expected, tolerance):
         return ""
-    for hint, wrong in mistakes.items():
-        if close(answer, wrong, tolerance):
-            return f"{hint}."
-    words = factor_in_words(answer, target, tolerance)
-    return words or difference_in_words(answer, target, tolerance)
+    if isinstance(expected, bool):
+        return f"{YES_OR_NO[not expected]}, but it should be {YES_OR_NO[expected]}."
+    answer = torch.as_tensor(given, dtype=torch.float64)
+    target = torch.as_tensor(expected, dtype=torch.float64)
+    return (
+        factor_in_words(answer, target, tolerance, factors)
+        or form_in_words(answer, target, tolerance)
+        or difference_in_words(answer, target, tolerance)
+    )
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #31cb69f4
+def alike(given: Any, wrong: Any, tolerance: float) -> bool:
+    "Whether an answer has the values of a mistake, NaN where that has NaN."
+    a = as_numbers(given)
+    b = as_numbers(wrong)
+    if a is None or b is None or a.shape != b.shape or not a.isnan().equal(b.isnan()):
+        return False
+    return close(a.nan_to_num(0.0), b.nan_to_num(0.0), tolerance)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #06e8fee7
+@dataclass
+class Beside:
+    "An answer beside the right one, part by part."
+
+    given: Sequence[Any]
+    expected: Sequence[Any]
+    mistakes: Mapping[str, Sequence[Any]]  # hint -> what all parts would have been
+    tolerance: float
+    factors: Mapping[str, float]
+
+    def __post_init__(self):
+        pairs = zip(self.given, self.expected, strict=True)
+        same = [close(a, b, self.tolerance) for a, b in pairs]
+        self.open = {k for k, right in enumerate(same) if not right}  # unexplained
+
+    def changed_by(self, hint: str) -> set[int]:
+        "The parts in which a mistake differs from the right answer."
+        pairs = zip(self.mistakes[hint], self.expected, strict=True)
+        same = [alike(a, b, self.tolerance) for a, b in pairs]
+        return {k for k, right in enumerate(same) if not right}
+
+    def shows(self, hint: str) -> bool:
+        "Whether the answer has this mistake in every part that it changes."
+        parts = self.changed_by(hint)
+        mistake = self.mistakes[hint]
+        same = [alike(self.given[k], mistake[k], self.tolerance) for k in parts]
+        return bool(parts) and all(same)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #646b1678
+def hints_of(beside: Beside) -> list[str]:
+    "The mistakes that an answer shows; their parts are no longer open."
+    shown = [hint for hint in beside.mistakes if beside.shows(hint)]
+    shown.sort(key=lambda hint: -len(beside.changed_by(hint)))
+    said = []
+    for hint in shown:  # the one that explains most comes first
+        parts = beside.changed_by(hint)
+        if parts & beside.open:
+            said.append(hint if hint.endswith(("?", ".")) else f"{hint}.")
+            beside.open -= parts
+    return said
+
+
+def swapped_parts(beside: Beside, parts: Sequence[str]) -> list[str]:
+    "Which two parts stand in each other's place."
+    said = []
+    for i, j in combinations(sorted(beside.open), 2):
+        one = close(beside.given[i], beside.expected[j], beside.tolerance)
+        other = close(beside.given[j], beside.expected[i], beside.tolerance)
+        if one and other:
+            said.append(f"{parts[i]} and {parts[j]} look swapped.")
+            beside.open -= {i, j}
+    return said
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #1bb32cce
+def met(
+    given: torch.Tensor,
+    expected: torch.Tensor,
+    one: torch.Tensor,
+    other: torch.Tensor,
+    tolerance: float,
+) -> bool:
+    "Whether an answer has two mistakes at once, as a sum or as a product."
+    if close(given, one + other - expected, tolerance):
+        return True
+    product = one * other / expected
+    return bool(expected.all()) and close(given, product, tolerance)
+
+
+def wrongs_in(beside: Beside, k: int) -> dict[str, torch.Tensor]:
+    "What the mistakes that change a part would have made of it, if of its shape."
+    given = as_numbers(beside.given[k])
+    found = {}
+    for hint, wrong in beside.mistakes.items():
+        numbers = as_numbers(wrong[k])
+        if given is None or numbers is None or numbers.shape != given.shape:
+            continue
+        if k in beside.changed_by(hint):
+            found[hint] = numbers
+    return found
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0b113f1a
+def pair_in_words(beside: Beside, k: int) -> str:
+    "Two mistakes that have met in one part, or one and a factor; empty if none."
+    wrongs = wrongs_in(beside, k)
+    if not wrongs or torch.as_tensor(beside.given[k]).numel() < 3:
+        return ""
+    given = torch.as_tensor(beside.given[k], dtype=torch.float64)
+    expected = torch.as_tensor(beside.expected[k], dtype=torch.float64)
+    if given.shape != expected.shape:
+        return ""
+    for one, other in combinations(wrongs, 2):
+        if met(given, expected, wrongs[one], wrongs[other], beside.tolerance):
+            return f"two things at once: {one}; and {other}."
+    for hint, wrong in wrongs.items():
+        words = factor_in_words(given, wrong, beside.tolerance, beside.factors)
+        if words and is_named(words) and "zero" not in words:
+            return f"two things at once: {hint}; and {words}"
+    return ""
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #d88dd8bd
-def all_close(given: tuple | list, expected: tuple | list, tolerance: float) -> bool:
-    pairs = zip(given, expected, strict=False)
-    return all(close(a, b, tolerance) for a, b in pairs)
+def fault_of_part(beside: Beside, k: int) -> str:
+    "What is wrong with one part that no hint explains alone."
+    pair = (beside.given[k], beside.expected[k])
+    words = compared(*pair, beside.tolerance, beside.factors)
+    if not is_vague(words):
+        return words
+    return pair_in_words(beside, k) or words
 
 
 def compared_parts(
     given: object,
     expected: tuple,
     mistakes: Mapping[str, Any],
-    parts: tuple[str, ...],
+    parts: Sequence[str],
     tolerance: float,
+    factors: Mapping[str, float] = TWO,
 ) -> str:
     "What is wrong with several numbers or tensors; empty if nothing is."
     several = isinstance(given, tuple | list)
     if not several or len(given) != len(expected):
         got = len(given) if several else type(given).__name__
         return f"expected {len(expected)} values ({', '.join(parts)}), got {got}."
-    right = all_close(given, expected, tolerance)
-    for hint, wrong in mistakes.items():
-        if all_close(given, wrong, tolerance) and not right:
-            return f"{hint}."
-    said = []
-    for part, a, b in zip(parts, given, expected, strict=False):
-        if words := compared(a, b, {}, tolerance):
-            said.append(f"{part}: {words}")
+    beside = Beside(given, expected, mistakes, tolerance, factors)
+    said = hints_of(beside) + swapped_parts(beside, parts)
+    of_parts: dict[str, list[str]] = {}  # words -> the parts of which they are true
+    for k in sorted(beside.open):
+        words = fault_of_part(beside, k)
+        if said and is_vague(words):
+            words = "not right yet either."
+        of_parts.setdefault(words, []).append(parts[k])
+    for words, named in of_parts.items():
+        said.append(f"{' and '.join(named)}: {words}" if named[0] else words)
     return " ".join(said)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #08924e22
+def own_place(error: BaseException, space: Mapping) -> Any:
+    "Where an exception passed a notebook's code last: its part of the traceback."
+    place = error.__traceback__
+    found = None
+    while place:
+        if place.tb_frame.f_globals is space:
+            found = place
+        place = place.tb_next
+    return found
+
+
+def tensors_in(line: str, frame: Any) -> dict[str, tuple[int, ...]]:
+    "The shapes of the tensors that a line of code names."
+    names = dict.fromkeys(re.findall(r"(?<![.\w])[A-Za-z_]\w*", line))
+    known = frame.f_globals | frame.f_locals
+    values = {name: known.get(name) for name in names}
+    kept = {n: v for n, v in values.items() if isinstance(v, torch.Tensor)}
+    return {name: tuple(value.shape) for name, value in kept.items()}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #4a00768c
+def shape_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    "Which tensor wants another dimension."
+    by_size = sorted(shapes, key=lambda name: len(shapes[name]))
+    sizes = [len(shapes[name]) for name in by_size]
+    if not sizes or not 0 < sizes[0] < sizes[-1]:
+        return (
+            "Where (B,) meets (B, 2), write [:, None] behind what has the shape (B,)."
+        )
+    smallest = {shapes[name] for name in by_size if len(shapes[name]) == sizes[0]}
+    if len(smallest) > 1:
+        there = ", ".join(f"{name} {shapes[name]}" for name in by_size)
+        return f"The shapes there are {there}: one of them wants a [:, None]."
+    flat = by_size[0]
+    wide = by_size[-1]
+    more = ", ".join(["None"] * (sizes[-1] - sizes[0]))
+    there = f"{flat} has the shape {shapes[flat]}, {wide} has {shapes[wide]}"
+    return f"There {there}: write {flat}[:, {more}]."
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #b8a7b068
+REMEDIES = (  # words of an exception -> what to do
+    (
+        "only one element tensors|converted to Python scalar|must be real number",
+        "Functions of math take one number: for tensors take those of torch.",
+    ),
+    (
+        "must be Tensor, not (float|int)",
+        "Functions of torch take tensors: for a number take those of math.",
+    ),
+    (
+        "Boolean value of Tensor",
+        "A comparison of tensors is true or false in each place: use torch.where.",
+    ),
+    (
+        "same dtype|expected scalar type|but found (Float|Double)",
+        "Two precisions meet: .float() or .double() changes one of them.",
+    ),
+    (
+        "NoneType",
+        "Something is None there: a function that does not return yet, perhaps.",
+    ),
+    (
+        "does not require grad",
+        "What is to be differentiated needs requires_grad_(), and no detach() after.",
+    ),
+    (
+        "inplace|in-place",
+        "A tensor was changed that autograd still needs: make a new one instead.",
+    ),
+    ("second time", "The graph is gone after one backward: compute the loss anew."),
+    (
+        "cannot be multiplied|mat2|batch2",
+        "A matrix has its rows and columns the other way round: .T or .mT turns it.",
+    ),
+    ("indices should be|index is out of bounds|out of range", "Look at the labels."),
+)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #9eb4277d
+def remedy(error: BaseException, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    "What to do about an exception; empty if that is unknown."
+    said = str(error)
+    if re.search("must match the size|not broadcastable|could not be broadcast", said):
+        return shape_remedy(shapes)
+    if isinstance(error, NameError | UnboundLocalError):
+        return "Is it imported, spelt as above, and defined before it is used?"
+    if isinstance(error, TypeError) and "argument" in said and "positional" in said:
+        return "Count the arguments of this call."
+    for words, advice in REMEDIES:
+        if re.search(words, said):
+            return advice
+    return ""
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #c3b40995
+def stop_in_words(error: BaseException, space: Mapping, checked: str) -> str:
+    "What is to be said of an exception, with the student's own line."
+    reason = " ".join(str(error).split()).rstrip(".")
+    kind = type(error).__name__
+    words = f"your code stops with {kind}: {reason}."
+    place = own_place(error, space)
+    if place is None:
+        return words
+    code = place.tb_frame.f_code
+    if code.co_filename == checked and kind == "NameError":
+        return f"{reason}: run the cell of your answer first."
+    if code.co_filename == checked and kind == "ValueError":
+        return f"{reason}."  # the check says so itself
+    if code.co_filename == checked:
+        return f"your code returns something that cannot be used ({kind}: {reason})."
+    line = linecache.getline(code.co_filename, place.tb_lineno).strip()
+    where = f"line {place.tb_lineno} of the cell of {code.co_name}"
+    shown = f"{where}, `{line}`" if line else where
+    advice = remedy(error, tensors_in(line, place.tb_frame))
+    return f"{words} This is {shown}. {advice}".strip()
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #22e6c45c
+def used_by(answer: Callable, checked: str) -> set[str]:
+    "The names that a notebook's functions use which an answer calls."
+    space = getattr(answer, "__globals__", {})
+    seen: set[str] = set()
+    wanted = [answer.__code__] if hasattr(answer, "__code__") else []
+    for code in wanted:  # which grows on the way
+        own = code.co_filename == checked
+        seen |= set() if own else set(code.co_names)
+        called = [space.get(name) for name in code.co_names] if own else []
+        parts = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        codes = [f.__code__ for f in called if isinstance(f, types.FunctionType)]
+        wanted += [code for code in [*parts, *codes] if code not in wanted]
+    return seen
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #f3c6a85e
@@ -600,18 +1022,28 @@ def verdict(
     mistakes: Mapping[str, Any] = {},  # hint -> what that mistake would have given
     parts: tuple[str, ...] = (),  # names of the members of a tuple
     tolerance: float = 1e-4,  # relative to the largest expected number
+    factors: Mapping[str, float] = {},  # name -> a number that may be forgotten
+    without: Iterable[str] = (),  # names of the library that it has to do without
 ) -> str:
     "What is to be said of an answer, in words."
+    code = getattr(answer, "__code__", None)
+    checked = getattr(code, "co_filename", "")
     try:
         given = answer()
     except Exception as error:
-        return f"your code stops with {type(error).__name__}: {error}"
+        return stop_in_words(error, getattr(answer, "__globals__", {}), checked)
     if given is None:
         return NOT_DONE
+    known = {**factors, **TWO}
     if isinstance(expected, tuple):
-        wrong = compared_parts(given, expected, mistakes, parts, tolerance)
+        wrong = compared_parts(given, expected, mistakes, parts, tolerance, known)
     else:
-        wrong = compared(given, expected, mistakes, tolerance)
+        single = {hint: (value,) for hint, value in mistakes.items()}
+        row = (given,)
+        wrong = compared_parts(row, (expected,), single, ("",), tolerance, known)
+    taken = sorted(set(without) & used_by(answer, checked)) if not wrong else []
+    if taken:
+        return f"the values are right, but write it yourself, without {taken[0]}."
     return wrong or "right."
 
 
@@ -623,9 +1055,12 @@ def check(
     mistakes: Mapping[str, Any] = {},  # hint -> what that mistake would have given
     parts: tuple[str, ...] = (),  # names of the members of a tuple
     tolerance: float = 1e-4,  # relative to the largest expected number
+    factors: Mapping[str, float] = {},  # name -> a number that may be forgotten
+    without: Iterable[str] = (),  # names of the library that it has to do without
 ) -> None:
     "Prints what is to be said of an answer, in words."
-    print(f"{title}: {verdict(answer, expected, mistakes, parts, tolerance)}")
+    said = verdict(answer, expected, mistakes, parts, tolerance, factors, without)
+    print(f"{title}: {said}")
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #a8c14621
@@ -775,7 +1210,31 @@ def rubric_row(q: Question) -> str:
     return f"| {q.number}. {q.title} | {points} | {tested} | {'; '.join(q.wrong)} |"
 
 
-def rubric(assignment: Assignment) -> str:
+def model_answers(assignment: Assignment) -> list[str]:
+    lines = []
+    for q in assignment.questions:
+        if q.written:
+            heading = f"## Question {q.number}. {q.title}: model answer"
+            lines += ["", heading, "", unmarked(q.answer["source"]).strip()]
+    return lines
+
+
+def said_rows(said: Mapping[int, Mapping[str, str]]) -> list[str]:
+    "A table of what checks say to wrong answers."
+    lines = ["", "## What the check says to each wrong answer", ""]
+    lines += ["| question | wrong answer | what the check says |", "|---|---|---|"]
+    for number, words in said.items():
+        for name, line in words.items():
+            spoken = " ".join(line.split()).replace("|", "\\|")
+            lines.append(f"| {number} | {name} | {spoken} |")
+    return lines
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #e42959ff
+def rubric(
+    assignment: Assignment,
+    said: Mapping[int, Mapping[str, str]] = {},  # question -> {wrong answer: words}
+) -> str:
     "The rubric in Markdown."
     lines = [
         f"# Rubric: {assignment.title}",
@@ -785,10 +1244,9 @@ def rubric(assignment: Assignment) -> str:
     ]
     lines += [rubric_row(q) for q in assignment.questions]
     lines.append(f"| **all** | **{shown_points(assignment.points)}** | | |")
-    for q in assignment.questions:
-        if q.written:
-            heading = f"## Question {q.number}. {q.title}: model answer"
-            lines += ["", heading, "", unmarked(q.answer["source"]).strip()]
+    lines += model_answers(assignment)
+    if said:
+        lines += said_rows(said)
     return "\n".join(lines) + "\n"
 
 
@@ -833,6 +1291,8 @@ def run_or_refuse(assignment: Assignment, source: str, space: dict[str, Any]) ->
 def is_rehearsed(cell: dict) -> bool:
     "Whether a rehearsal runs a cell: code that is no check, figure or wrong answer."
     if role(cell) in ("heading", "text", "wrong", "written"):
+        return False
+    if "check" in directives(cell["source"]):
         return False
     return not re.search(r"^(@attempt|check\()", cell["source"], flags=re.M)
 
@@ -974,6 +1434,148 @@ def rehearse(
     return table
 
 
+# %% ../nbs/4_practice/01_grading.ipynb #dad6c18a
+def run_as_cell(source: str, space: dict[str, Any], name: str) -> str:
+    "Runs code whose lines a traceback can show; returns what it prints."
+    lines = source.splitlines(keepends=True)
+    linecache.cache[name] = (len(source), None, lines, name)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(source, name, "exec", optimize=0), space)
+    return said.getvalue()
+
+
+def words_of_checks(printed: str) -> str:
+    "What checks have said, a line each, without the number of the question."
+    return "\n".join(re.findall(r"^Question \d+[^:]*: (.*)$", printed, flags=re.M))
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #328411a7
+def sections(assignment: Assignment) -> list[tuple[int, list[dict]]]:
+    "The cells from each heading to the next, with the question's number or 0."
+    found: list[tuple[int, list[dict]]] = [(0, [])]
+    for cell in assignment.cells:
+        if role(cell) == "heading":
+            heading = re.match(QUESTION, cell["source"])
+            found.append((int(heading[1]) if heading else 0, []))
+        found[-1][1].append(cell)
+    return found
+
+
+def is_played(cell: dict) -> bool:
+    "Whether a cell runs for the checks: code that is no figure, test or wrong answer."
+    shown = role(cell) in ("given", "identifier", "answer")
+    return shown and not cell["source"].startswith("@attempt")
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0ccc1a93
+def play(
+    cells: list[dict],  # of a section
+    space: dict[str, Any],
+    identifier: str,
+    answer: str = "",  # source that takes the place of the answer's; if empty, that
+) -> str:  # what is printed
+    "Runs a section of an assignment as a student does."
+    said = ""
+    for k, cell in enumerate(filter(is_played, cells)):
+        source = cell["source"]
+        if role(cell) == "identifier":
+            source = f"identifier = {identifier!r}"
+        if role(cell) == "answer" and answer:
+            source = answer
+        said += run_as_cell(source, space, f"<cell {id(cells)} {k}>")
+    return said
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #4fa5f6d4
+def said_of(
+    assignment: Assignment,
+    answers: Mapping[int, Mapping[str, str]],  # question -> {name: source}
+    identifier: str = "rehearsal",  # of the student who answers
+) -> dict[int, dict[str, str]]:  # question -> {name: words}
+    "What the checks of questions say to answers, a line for each check."
+    space: dict[str, Any] = {"__name__": "__main__"}
+    last = max((n for n, rows in answers.items() if rows), default=0)
+    said = {}
+    for number, cells in sections(assignment):
+        words = {}
+        for name, source in answers.get(number, {}).items():
+            printed = play(cells, dict(space), identifier, source)
+            words[name] = words_of_checks(printed)
+        if words:
+            said[number] = words
+        if number == last:
+            break  # what follows is not needed
+        play(cells, space, identifier)
+    return said
+
+
+def wrong_answers(assignment: Assignment) -> dict[int, dict[str, str]]:
+    "Those of each code question, question -> {name: source}."
+    return {q.number: q.wrong for q in assignment.questions if not q.written}
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0fe0b616
+READ = 120  # words a minute, of text with formulas
+SKIM = 20  # given lines a minute
+WRITE = 0.8  # minutes for a line of a solution
+SAY = 30  # words of the model answer a minute
+THINK = 2.5  # minutes for each question
+
+
+def words_to_read(cells: list[dict]) -> int:
+    "Words of text, without hints that are folded."
+    texts = [c["source"] for c in cells if role(c) in ("heading", "text")]
+    open_text = re.sub("<details>.*?</details>", "", "\n".join(texts), flags=re.S)
+    return len(open_text.split())
+
+
+def lines_of(cells: list[dict]) -> int:
+    "Lines of given code that are not empty."
+    given = [c["source"] for c in cells if role(c) == "given"]
+    return sum(bool(line.strip()) for line in "\n".join(given).splitlines())
+
+
+def solution_lines(source: str) -> int:
+    "Lines between the markers of a solution."
+    parts = re.findall("BEGIN SOLUTION\n(.*?)END SOLUTION", source, flags=re.S)
+    lines = "\n".join(parts).splitlines()
+    return sum(bool(line.strip(" #")) for line in lines)
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #43d58876
+def estimated_minutes(
+    assignment: Assignment,
+) -> dict[int, float]:  # question -> minutes; under 0 those of all other text
+    "How long it takes, by the number of words and lines."
+    found = {0: 0.0}
+    for number, cells in sections(assignment):
+        if not number:
+            found[0] += words_to_read(cells) / READ + lines_of(cells) / SKIM
+            continue
+        q = assignment.questions[number - 1]
+        answer = [cell is q.answer for cell in cells].index(True)
+        reading = words_to_read(cells) / READ + lines_of(cells[:answer]) / SKIM
+        writing = WRITE * solution_lines(q.answer["source"])
+        if q.written:
+            writing = len(unmarked(q.answer["source"]).split()) / SAY
+        found[number] = THINK + reading + writing
+    return found
+
+
+def stated_minutes(
+    assignment: Assignment,
+) -> dict[int, float]:  # question -> minutes
+    "What stands in the text of each question, as in '(8 minutes)'."
+    found = {}
+    for number, cells in sections(assignment):
+        text = " ".join(cell["source"] for cell in cells)
+        stated = re.search(r"\((\d+) minutes\)", text)
+        if number and stated:
+            found[number] = float(stated[1])
+    return found
+
+
 # %% ../nbs/4_practice/01_grading.ipynb #1304e6e4
 def course_folder(
     source: str | Path = "",  # if empty, nbs/assignments of the clone
@@ -1002,18 +1604,27 @@ def read_course(source: str | Path = "") -> list[Assignment]:
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #c585c573
-def rehearse_all(assignments: list[Assignment]) -> None:
-    "Rehearses assignments side by side. Raises GradingError."
+Prepared = tuple[dict[str, dict[int, float]], dict[int, dict[str, str]]]
+
+
+def prepare(assignment: Assignment) -> Prepared:
+    "The marks of a rehearsal, and what checks say to wrong answers."
+    return rehearse(assignment), said_of(assignment, wrong_answers(assignment))
+
+
+def prepare_all(assignments: list[Assignment]) -> list[Prepared]:
+    "Prepares assignments side by side. Raises GradingError."
     if len(assignments) == 1:
-        rehearse(assignments[0])
-        return
+        return [prepare(assignments[0])]
     message = f"Rehearsing {len(assignments)} assignments"
     print(f"{message}, which takes a minute or two.", flush=True)
     workers = min(len(assignments), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        tables = pool.map(rehearse, assignments)
-        for a, table in zip(assignments, tables, strict=True):
-            print(f"{a.name}: {len(table)} runs earned what they should", flush=True)
+        found = []
+        for a, made in zip(assignments, pool.map(prepare, assignments), strict=True):
+            found.append(made)
+            print(f"{a.name}: {len(made[0])} runs earned what they should", flush=True)
+    return found
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #df007e9d
@@ -1023,14 +1634,18 @@ GUIDES = {  # beside the solved notebooks -> where they go
 }
 
 
-def write_assignment(out: Path, a: Assignment) -> None:
+def write_assignment(
+    out: Path,
+    a: Assignment,
+    said: Mapping[int, Mapping[str, str]],  # by checks, to wrong answers
+) -> None:
     "The three notebooks of an assignment, and its rubric."
     name = f"{a.name}.ipynb"
     solution = solution_cells(a)
     write_notebook(out / "student" / name, student_cells(a), a.name)
     write_notebook(out / "solution" / name, solution, a.name, kept_outputs=True)
     write_notebook(out / "instructor" / name, instructor_cells(a), a.name)
-    write_text(out / "instructor" / f"{a.name}_rubric.md", rubric(a))
+    write_text(out / "instructor" / f"{a.name}_rubric.md", rubric(a, said))
 
 
 def summary(a: Assignment) -> str:
@@ -1038,7 +1653,9 @@ def summary(a: Assignment) -> str:
     wrong = sum(len(q.wrong) for q in a.questions)
     size = f"{len(a.questions)} questions, {shown_points(a.points)} points"
     proof = f"each of {wrong} wrong answers loses exactly the points of its question"
-    return f"- {a.title}: {size}; {proof}"
+    minutes = sum(estimated_minutes(a).values())
+    time = f"about {minutes:.0f} minutes by the number of words and lines"
+    return f"- {a.title}: {size}; {proof}; {time}"
 
 
 # %% ../nbs/4_practice/01_grading.ipynb #9f10e94e
@@ -1052,10 +1669,10 @@ def build_course(
     is nothing to build or no place for it."""
     assignments = read_course(source)
     folder = course_folder(source)
-    rehearse_all(assignments)
+    prepared = prepare_all(assignments)
     out = fresh_folder(out, mark="contents.md")
-    for a in assignments:
-        write_assignment(out, a)
+    for a, (_, said) in zip(assignments, prepared, strict=True):
+        write_assignment(out, a, said)
     for name, place in GUIDES.items():
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / place / "guide.md")
@@ -3081,6 +3698,17 @@ def happened_to(q: Question, result: Result) -> str:
     return "not marked yet" if result.marks[q.number] is None else ""
 
 
+def lesson(q: Question, mark: float | None) -> list[str]:
+    "What was tested and why it matters, for a code question that lost points."
+    if q.written or mark is None or mark >= q.points:
+        return []
+    found = directives(q.tests["source"])
+    tested = f"- **Question {q.number}** was tested with: {found.get('tests', '')}."
+    why = found.get("why")
+    return [f"{tested} Why it matters: {why}" if why else tested]
+
+
+# %% ../nbs/4_practice/01_grading.ipynb #0fe96497
 def feedback(assignment: Assignment, result: Result) -> str:
     "Markdown for one student."
     lines = [
@@ -3091,15 +3719,17 @@ def feedback(assignment: Assignment, result: Result) -> str:
         "| question | points | of | what happened |",
         "|---|---|---|---|",
     ]
+    lessons = []
     for q in assignment.questions:
         mark = shown_points(result.marks[q.number])
         words = happened_to(q, result)
         row = f"| {q.number}. {q.title} | {mark} | {shown_points(q.points)} | {words} |"
         lines.append(row)
+        lessons += lesson(q, result.marks[q.number])
     total = shown_points(result.total)
     whole = shown_points(assignment.points)
     lines += [f"| **all** | **{total}** | **{whole}** | |", ""]
-    lines += [f"- Note: {note}." for note in result.notes]
+    lines += [*lessons, *(f"- Note: {note}." for note in result.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 

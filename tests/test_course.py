@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import subprocess
+from functools import cache
 
 import pytest
 from filelock import FileLock  # comes with torch
@@ -14,16 +15,21 @@ from soflow_edu import grading
 from soflow_edu.cli import COMMANDS
 from soflow_edu.grading import (
     GradingError,
+    estimated_minutes,
     grade_course,
     instructor_cells,
+    is_named,
     personal,
     personal_mixture,
     points_of_run,
     read_assignment,
     read_notebook,
+    said_of,
+    stated_minutes,
     student_cells,
     without,
     write_notebook,
+    wrong_answers,
 )
 
 SOLVED = sorted((ROOT / "nbs/assignments").glob("*.ipynb"))
@@ -66,7 +72,7 @@ def hidden_tests(q):
     return set() if q.written else telling(region(q.tests["source"], "HIDDEN TESTS"))
 
 
-def wrong_answers(q):
+def lines_of_wrong_answers(q):
     lines = set()
     for source in q.wrong.values():
         lines |= {line for line in telling(source) if not line.startswith("def ")}
@@ -164,7 +170,7 @@ def test_student_notebook_holds_no_secret(path, course):
     student = course / f"student/{path.name}"
     seen = sources(student)
     for q in assignment.questions:
-        secret = solution(q) | hidden_tests(q) | wrong_answers(q)
+        secret = solution(q) | hidden_tests(q) | lines_of_wrong_answers(q)
         secret -= open_to_all(assignment)
         assert secret and not secret & lines_of(seen), f"question {q.number}"
     assert "BEGIN" not in seen and "#| wrong" not in seen
@@ -232,6 +238,140 @@ def test_reference_is_right_for_every_student(path):
     assignment = read_assignment(path)
     for identifier in ("Zoë O'Neill", "12345"):
         assert points_of_run(assignment, identifier, {}) == assignment.code_points
+
+
+# ------------------------------------------------------- what checks say in words
+LONG = {  # questions whose checks train or search for each wrong answer
+    "01_paths_and_solvers": (11,),
+    "03_solution_consistency": (11,),
+    "04_guidance": (7,),
+}
+
+
+def answers_of(assignment, long=False):
+    "Wrong answers, question -> {name: source}, with long checks or with the others."
+    some = LONG.get(assignment.name, ())
+    every = wrong_answers(assignment)
+    return {n: rows for n, rows in every.items() if (n in some) == long}
+
+
+@cache
+def said_to_wrong(path):
+    "What checks say to wrong answers, but for those with long checks."
+    assignment = read_assignment(path)
+    return said_of(assignment, answers_of(assignment))
+
+
+def table_of_words(said):
+    "Lines of a table, with a star where no mistake is named."
+    for number, words in said.items():
+        for name, line in words.items():
+            mark = " " if is_named(line) else "*"
+            yield f"{mark} {number:2d} {name}: {' / '.join(line.splitlines())}"
+
+
+@EACH_ASSIGNMENT
+def test_mistakes_are_named(path):
+    """At least sixteen of twenty wrong answers, and none is called right.
+
+    `python -m pytest tests/test_course.py -k named -s` prints all of them."""
+    said = said_to_wrong(path)
+    print(f"\n{path.stem}", *table_of_words(said), sep="\n")
+    words = [line for row in said.values() for line in row.values()]
+    assert len(words) >= 20
+    assert sum(map(is_named, words)) >= 0.8 * len(words)
+    called_right = [line for line in words if set(line.splitlines()) == {"right."}]
+    assert len(called_right) <= 1, "a check that cannot tell wrong from right"
+
+
+@EACH_ASSIGNMENT
+def test_two_mistakes_are_both_named(path):
+    "Those wrong answers that have two, in one part or in two."
+    words = []
+    for row in said_to_wrong(path).values():
+        words += [line for name, line in row.items() if "two mistakes" in name]
+    both = re.compile(r"; and|two things at once|and its sign", flags=re.I)
+    two = [line for line in words if both.search(line) or line.count(". ")]
+    assert len(words) >= 5 and len(two) >= 0.8 * len(words), set(words) - set(two)
+
+
+@pytest.mark.slow
+def test_mistakes_with_long_checks_are_named():
+    "What is wrong with a trained map, and what to change, among others."
+    for path in SOLVED:
+        assignment = read_assignment(path)
+        answers = answers_of(assignment, long=True)
+        said = said_of(assignment, answers) if answers else {}
+        print("\n".join(table_of_words(said)))
+        for words in said.values():
+            assert all(map(is_named, words.values())), words
+
+
+@EACH_ASSIGNMENT
+def test_right_answers_are_called_right(path):
+    "For another student too; and by the same words for each check."
+    assignment = read_assignment(path)
+    right = right_answers(assignment)
+    answers = {n: {"right": right[n]} for n in answers_of(assignment)}
+    for words in said_of(assignment, answers, "Zoë O'Neill").values():
+        assert set(words["right"].splitlines()) == {"right."}, words
+
+
+def test_an_exception_is_told_with_its_line():
+    assignment = read_assignment(SOLVED[0])
+    sources = {
+        "no dimension": assignment.questions[1].wrong[
+            "times without a dimension of their own"
+        ],
+        "no name": "def on_the_way(x0, x1, alpha, beta, a, b):\n    return gone",
+        "None": "def on_the_way(x0, x1, alpha, beta, a, b):\n    return None + x0, x0",
+    }
+    said = said_of(assignment, {2: sources})[2]
+    assert "`xt = alpha * x0 + beta * x1`" in said["no dimension"]
+    assert "write alpha[:, None]" in said["no dimension"]
+    assert "name 'gone' is not defined" in said["no name"]
+    assert "`return gone`" in said["no name"] and "imported" in said["no name"]
+    assert "does not return yet" in said["None"]
+
+
+@EACH_ASSIGNMENT
+def test_feedback_can_say_what_was_tested_and_why(path):
+    for q in read_assignment(path).questions:
+        if not q.written:
+            found = grading.directives(q.tests["source"])
+            assert found["tests"] and found["why"].endswith("."), q.number
+            (line,) = grading.lesson(q, 0.0)
+            assert found["why"] in line and "assert" not in line
+
+
+LIBRARIES = ("math", "torch")
+
+
+@EACH_ASSIGNMENT
+def test_what_answers_need_is_imported(path):
+    assignment = read_assignment(path)
+    given = "\n".join(c["source"] for c in assignment.cells[:2])
+    for name in LIBRARIES:
+        assert re.search(rf"^import {name}$", given, flags=re.M), name
+
+
+# ---------------------------------------------------------------------- how long
+@EACH_ASSIGNMENT
+def test_stated_minutes_are_those_of_words_and_lines(path):
+    "Within a factor of two for a question, and of 1.3 for all of an assignment."
+    assignment = read_assignment(path)
+    estimated = estimated_minutes(assignment)
+    stated = stated_minutes(assignment)
+    assert set(stated) == {q.number for q in assignment.questions}
+    for number, minutes in stated.items():
+        assert 0.5 < estimated[number] / minutes < 2, number
+    rest = estimated[0]
+    whole = sum(estimated.values())
+    assert 1 / 1.3 < whole / (sum(stated.values()) + rest) < 1.3
+    opening = assignment.cells[0]["source"]
+    low, high = re.search(r"\*\*Time:\*\* (\d+) to (\d+) minutes", opening).groups()
+    assert int(low) <= 1.05 * whole and sum(stated.values()) <= int(high)
+    print(f"{assignment.name}: {sum(stated.values()):g} stated, {whole:.0f} estimated")
 
 
 # -------------------------------------------------------------- what is marked
@@ -420,6 +560,7 @@ def test_marks_of_all_kinds_of_submissions(tmp_path):
     out = tmp_path / "marks" / assignment.name
     reveals_nothing(assignment, out, due)
     empty = (out / "feedback/empty.md").read_text()
+    assert "was tested with: " in empty and "Why it matters: " in empty
     assert empty.count("| no answer |") == len(assignment.questions)
     words = "these are not the points of Heun's method"
     assert words in (out / "feedback/half wrong.md").read_text()
