@@ -191,8 +191,8 @@ def words_of_row(row: dict) -> str:
 STUDY_HELP = """
 
 Trains all settings for the same CPU seconds or steps, one row for each data set,
-setting and seed, and prints a table. A file that holds some of the rows is gone on
-with; a row of other settings stays in it and is not used.
+setting and seed, and prints a table. Rows that the file holds already are kept and
+not made again. Rows of other settings stay in the file and are not used.
 
 Args:
     datasets: What to learn.
@@ -254,7 +254,7 @@ def bench_search(
     """Compare methods after an equal search: settings drawn at random, the best ones
     trained longer, the winner trained again with fresh seeds.
 
-    Each method has a file of rows in FOLDER. A search that was stopped is gone on with;
+    Each method has a file of rows in FOLDER. A search that was stopped is continued;
     several may run at the same time if their methods differ.
 
     Args:
@@ -502,7 +502,7 @@ def sample(
     autoencoder: str = "",
 ) -> None:
     """Draw samples of a run, into a sheet of pictures or an .npz file for evaluators.
-    An .npz is gone on with where an earlier call was stopped; started by torchrun, each
+    An .npz is continued where an earlier call was stopped; started by torchrun, each
     process makes its part.
 
     Args:

@@ -16,6 +16,7 @@ __all__ = [
     "import_components",
     "canvas",
     "show",
+    "predicted",
 ]
 
 # %% ../nbs/0_start/01_core.ipynb #9193b118
@@ -495,3 +496,26 @@ def show(
 
     data = {"image/png": b64encode(png_of(figure)).decode(), "text/plain": alt}
     display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+# %% ../nbs/0_start/01_core.ipynb #4bc05c5b
+def predicted(
+    prediction: float | None,  # the reader's; None if she has not made one
+    measured: float,
+    what: str = "it",  # the subject of the sentence
+    digits: int = 2,  # after the point
+) -> str:
+    """A sentence that sets a prediction beside what was measured.
+
+    Raises InputError for a prediction that is no number."""
+    is_number = isinstance(prediction, int | float) and not isinstance(prediction, bool)
+    if prediction is not None and not is_number:
+        message = (
+            f"The prediction is {prediction!r}, but it must be a number, such as 0.5, "
+            "or None if you do not want to make one."
+        )
+        raise InputError(message)
+    said = (
+        "You made no prediction" if prediction is None else f"You said {prediction:g}"
+    )
+    return f"{said}; {what} is {measured:.{digits}f}."

@@ -204,7 +204,7 @@ def made_ready(data):
 
 # %% ../nbs/2_images/05_ladder.ipynb #cdad76a5
 def earlier_run(config: Config, out: Path | str) -> Run | None:
-    """The run in a folder, to be gone on with on the machine of a configuration.
+    """The run in a folder, to be continued on the machine of a configuration.
 
     None if nothing was saved there yet."""
     if not any((Path(out) / name).exists() for name in RUN_FILES):

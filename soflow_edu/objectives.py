@@ -122,6 +122,7 @@ class SelfDistillation(SoFlow):
         raise NotImplementedError
 
 
+# %% ../nbs/1_plane/13_objectives.ipynb #8fdb27c5
 @register("objective", "meanflow")
 @dataclass
 class MeanFlow(SelfDistillation):

@@ -930,7 +930,7 @@ def completed(description: Any) -> Any:
 
 # %% ../nbs/1_plane/12_training.ipynb #8698d466
 def check_resume(run: Run, model: SolutionModel, objective):
-    "Raises InputError if a run cannot be gone on with in this way."
+    "Raises InputError if a run cannot be continued in this way."
     if run.optimiser is None:
         message = (
             "This run can be used but not trained further: "
@@ -958,7 +958,7 @@ def opened(
 ) -> Run:
     """The run that is to be trained, new or resumed.
 
-    Raises InputError if it could not be loaded again, or not be gone on with, or if
+    Raises InputError if it could not be loaded again, or not be continued, or if
     model, data and configuration do not fit."""
     if out:
         check_can_be_loaded(model)

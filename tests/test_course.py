@@ -277,7 +277,9 @@ def test_mistakes_are_named(path):
     `python -m pytest tests/test_course.py -k named -s` prints all of them."""
     said = said_to_wrong(path)
     print(f"\n{path.stem}", *table_of_words(said), sep="\n")
-    words = [line for row in said.values() for line in row.values()]
+    words = []
+    for row in said.values():
+        words += row.values()
     assert len(words) >= 20
     assert sum(map(is_named, words)) >= 0.8 * len(words)
     called_right = [line for line in words if set(line.splitlines()) == {"right."}]

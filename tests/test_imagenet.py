@@ -1,6 +1,6 @@
 """From latents to files of samples: ten classes as latents, decoders, sheets.
 
-Many processes, killed and gone on with; bad input."""
+Many processes, killed and resumed; bad input."""
 
 import os
 import re

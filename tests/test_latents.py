@@ -1,4 +1,4 @@
-"""Latent files: killed and gone on with, written by several processes.
+"""Latent files: killed and resumed, written by several processes.
 
 Also by a diffusers autoencoder; copied, forked, trained on."""
 

@@ -1,4 +1,4 @@
-"The bench: settings train, rows are written one by one and gone on with."
+"The bench: settings train, rows are written one by one and kept when it is resumed."
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"A search: equal draws, rows that are gone on with, failures, and methods of one's own."
+"A search: equal draws, rows kept when it is resumed, failures, own methods."
 
 import json
 from dataclasses import replace
