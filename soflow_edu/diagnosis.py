@@ -949,7 +949,7 @@ def other_origins(view: View, probe: Probe) -> dict[str, float]:
     flat_noise = torch.rand(probe.x1.shape, generator=probe.generator(11))
     return {
         "in_its_units": in_its_units(view, probe),
-        "law_uniform": to_the_law(view, probe, flat_noise.to(probe.x1), 0.0),
+        "uniform_start": to_the_law(view, probe, flat_noise.to(probe.x1), 0.0),
     }
 
 
@@ -1222,7 +1222,7 @@ MEASURES = {  # what each measurement says
     "law_0.5": "... at 0.5",
     "law_0.25": "... at 0.25",
     "law_0": "... at 0",
-    "law_uniform": "... at 0, if f starts from uniform noise",
+    "uniform_start": "... at 0, if f starts from uniform noise",
     "coverage": "share of training pairs near the corner (1, 0)",
     "reach": "velocity times in the fifth of [0, 1] drawn least; uniform: 1",
     "velocity_rows": "rows of a batch that train the velocity",
@@ -1596,8 +1596,8 @@ FOR_SOMETHING_ELSE = (
             "velocity > 0.4",
             "noise_end > 0.4",
             "law_0 > 1.5",
-            "law_uniform < 0.7 law_0",
-            "law_uniform < 1.8",
+            "uniform_start < 0.7 law_0",
+            "uniform_start < 1.8",
         ),
         "Samples are right if they start from uniform noise on [0, 1], and wrong from "
         "normal noise.",
