@@ -312,8 +312,8 @@ RECIPES |= {
     "spanless": {"spoilt": {"model": partial(miswired, wrong=spanless)}},
     "other_units": {"spoilt": {"law": partial(Changed, change=in_other_units)}},
     "uniform_noise": {"spoilt": {"objective": UniformNoise(schedule=BRIEF)}},
-    "frozen": {"spoilt": {"model": frozen}},
-    "no_velocity_rows": {"batch": 1},
+    "frozen": {"steps": 100, "spoilt": {"model": frozen}},
+    "no_velocity_rows": {"steps": 100, "batch": 1},
 }
 
 
