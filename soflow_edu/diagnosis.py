@@ -312,8 +312,8 @@ RECIPES |= {
     "spanless": {"spoilt": {"model": partial(miswired, wrong=spanless)}},
     "other_units": {"spoilt": {"law": partial(Changed, change=in_other_units)}},
     "uniform_noise": {"spoilt": {"objective": UniformNoise(schedule=BRIEF)}},
-    "frozen": {"spoilt": {"model": frozen}},
-    "no_velocity_rows": {"batch": 1},
+    "frozen": {"steps": 100, "spoilt": {"model": frozen}},
+    "no_velocity_rows": {"steps": 100, "batch": 1},
 }
 
 
@@ -1196,7 +1196,7 @@ MEASURES = {  # what each measurement says
     "moved_by_round": "what reweighting with p = 1 would move the velocity",
     "speed": "size of the velocity over that of the reference",
     "way": "how far one step moves noise, over the size of noise",
-    "hears_t": "how far the network's output moves with t: 0 if t does not reach it",
+    "hears_t": "how far the output moves with t: 0 if t does not reach the network",
     "hears_span": "... with t - s",
     "hears_y": "... with the label",
     "label_gain": "share of the true change with the label: 1 right, 0 none",
@@ -1787,8 +1787,13 @@ GENERAL = (
                 "Train longer.",
             ),
             Reason("r ended too high.", "Lower r_end.", ("uses_r? > 0",)),
+            Reason(
+                "Training hardly ever drew t near 1 together with s near 0.",
+                "Set objective.times to corner or uniform.",
+                ("coverage < 0.01",),
+            ),
         ),
-        ("objective.schedule", "steps"),
+        ("objective.schedule", "steps", "coverage"),
     ),
     Pattern(
         "wrong_velocity",

@@ -564,6 +564,10 @@ def test_no_cause_that_the_objective_does_not_have(run_of):
     found = diagnose(semigroup, count=16)
     assert found.name == "straight_steps"
     assert "r stayed" not in found.verdict and "schedule" not in found.verdict
+    unfinished = next(p for p in PATTERNS if p.name == "unfinished")
+    facts = {"uses_r": 0.0, "coverage": 0.004}
+    causes = [reason.cause for reason in unfinished.reasons if reason.fits(facts)]
+    assert len(causes) == 2 and "t near 1 together with s near 0" in causes[-1]
     seeking = next(p for p in IN_THE_WEIGHTS if p.name == "mode_seeking")
     measures = {"velocity": 1.2, "moved_by_round": 0.0}
     assert seeking.fits(measures) and seeking.fits(measures | {"p": 1.0})
