@@ -35,7 +35,7 @@ NBGRADER = "@jupyter/nbgrader"
 def recipe(target: str) -> str:
     "The line with which make starts JupyterLab, with the programs of this environment."
     programs = Path(sys.executable).parent
-    words = ["make", "-n", f"BIN={programs}", target]
+    words = ["make", "-n", "--no-print-directory", f"BIN={programs}", target]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     return run.stdout.strip().splitlines()[-1]
 
