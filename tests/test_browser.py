@@ -140,11 +140,9 @@ class Server:
         return f"{self.root}/{place}/widgets.ipynb?token={self.token}"
 
     @property
-    def command(self) -> list[str]:
+    def options(self) -> list[str]:
+        "Of any server here: a port of ours, and no browser."
         return [
-            sys.executable,
-            "-m",
-            MODULES[self.application],
             "--no-browser",
             "--allow-root",
             "--expose-app-in-browser",
@@ -152,8 +150,12 @@ class Server:
             f"--ServerApp.port={self.port}",
             "--ServerApp.port_retries=0",
             f"--IdentityProvider.token={self.token}",
-            f"--ServerApp.root_dir={self.folder}",
         ]
+
+    @property
+    def command(self) -> list[str]:
+        program = [sys.executable, "-m", MODULES[self.application]]
+        return [*program, *self.options, f"--ServerApp.root_dir={self.folder}"]
 
     @property
     def log(self) -> Path:

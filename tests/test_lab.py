@@ -50,16 +50,7 @@ class Started(Server):
 
     @property
     def command(self) -> list[str]:
-        options = [
-            "--no-browser",
-            "--allow-root",
-            "--expose-app-in-browser",
-            "--ServerApp.ip=127.0.0.1",
-            f"--ServerApp.port={self.port}",
-            "--ServerApp.port_retries=0",
-            f"--IdentityProvider.token={self.token}",
-        ]
-        return ["sh", "-c", f"{recipe(self.application)} {shlex.join(options)}"]
+        return ["sh", "-c", f"{recipe(self.application)} {shlex.join(self.options)}"]
 
     def get(self, place: str) -> str:
         "A page of this server; an HTTPError if there is none."
